@@ -1,0 +1,146 @@
+"""Ernie: the whole decoder, and how to fill it with random weights."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ernie_jax.config import ModelConfig
+from ernie_jax.model.layers import Attend, DecoderLayer, Linear, RMSNorm, Routing, parameter, rotary_angles
+from ernie_jax.ops import einsum
+from ernie_jax.sharding import shard_abstract
+
+
+class ModelOutput(NamedTuple):
+    """Hidden states [..., D] after the final norm, the caches, and the Routing of each MoE layer in order."""
+
+    hidden: jax.Array
+    caches: list
+    routing: tuple[Routing, ...]
+
+
+class Embedding(nnx.Module):
+    """Token embedding, unscaled; also the output head of a tied model."""
+
+    def __init__(self, config: ModelConfig, dtype):
+        self.weight = parameter((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:  # [...] -> [..., D]
+        return self.weight[...][tokens]
+
+
+class Head(nnx.Module):
+    """What the output head owns: its weight unless tied to the embedding, its bias if the model has one."""
+
+    def __init__(self, config: ModelConfig, dtype):
+        if not config.tie_word_embeddings:
+            self.weight = parameter((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
+        if config.head_bias:
+            self.bias = parameter((config.vocab_size,), ("vocab",), dtype, "zeros")
+
+
+class MultiTokenPrediction(nnx.Module):
+    """The weights of one multi-token-prediction depth (PT checkpoints): loaded and kept, not yet used."""
+
+    def __init__(self, config: ModelConfig, dtype):
+        self.embed_norm = RMSNorm(config, dtype)
+        self.hidden_norm = RMSNorm(config, dtype)
+        self.proj = Linear({"embed": config.hidden_size}, {"embed_pair": 2 * config.hidden_size}, dtype)
+        self.layer = DecoderLayer(config, dtype, moe=False)
+
+
+class Ernie(nnx.Module):
+    """An ERNIE 4.5 text model.
+
+    The constructor declares abstract parameters only (shape, dtype, logical axes); fill them with `initialize` or from
+    a checkpoint. Nothing here knows whether it runs for inference or training: `attend` and the caches are handed in.
+
+    Source: `transformers` modeling_ernie4_5_moe.py and modeling_ernie4_5.py.
+    """
+
+    def __init__(self, config: ModelConfig, dtype=jnp.bfloat16):
+        self.config = config
+        self.embed = Embedding(config, dtype)
+        self.layers = nnx.List(
+            [DecoderLayer(config, dtype, config.is_moe_layer(i)) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config, dtype)
+        if not config.tie_word_embeddings or config.head_bias:
+            self.head = Head(config, dtype)
+        self.mtp = nnx.List([MultiTokenPrediction(config, dtype) for _ in range(config.num_nextn_predict_layers)])
+
+    def __call__(
+        self,
+        tokens: jax.Array,  # [...] int32
+        positions: jax.Array,  # [...] int32
+        attend: Attend,
+        caches: list | None = None,
+        expert_backend: str | None = None,
+    ) -> ModelOutput:
+        """Run the decoder.
+
+        Args:
+          attend: (q [..., K, R, H], k [..., K, H], v [..., K, H], cache) -> (out [..., K, R, H], cache); called once a
+            layer with that layer's entry of `caches`.
+          caches: one entry a layer; None without a cache.
+          expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by platform and number of tokens.
+        """
+        caches = list(caches) if caches is not None else [None] * len(self.layers)
+        with jax.named_scope("embed"):
+            x = self.embed(tokens)
+        angles = rotary_angles(positions, self.config)
+        routing = []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                x, caches[i], routed = layer(x, angles, attend, caches[i], expert_backend)
+            if routed is not None:
+                routing.append(routed)
+        return ModelOutput(self.norm(x), caches, tuple(routing))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Map hidden states [..., D] to logits [..., V], in the model's dtype."""
+        with jax.named_scope("head"):
+            tied = self.config.tie_word_embeddings
+            weight = self.embed.weight if tied else self.head.weight
+            logits = einsum("...d,vd->...v", hidden, weight[...])
+            return logits + self.head.bias[...] if self.config.head_bias else logits
+
+
+def parameter_specs(config: ModelConfig, dtype=jnp.bfloat16) -> dict[str, jax.ShapeDtypeStruct]:
+    """List every parameter of a model: dotted path -> shape and dtype."""
+    state = nnx.state(Ernie(config, dtype))
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def initialize(model: Ernie, mesh: jax.sharding.Mesh, seed: int = 0, scale: float = 0.02) -> None:
+    """Fill an abstract model with random weights, drawn on the devices of `mesh` straight into their shards.
+
+    Matrices are normal with standard deviation `scale`, norms one, biases (the routers' too) zero.
+    """
+    root = jax.random.key(seed)
+    state = shard_abstract(nnx.state(model), mesh)
+
+    def draw(path, variable):
+        value = variable.get_value()
+        key = jax.random.fold_in(root, zlib.crc32(".".join(map(str, path)).encode()))
+        make = _drawer(variable.get_metadata("init"), value.shape, value.dtype, value.sharding)
+        return variable.replace(make(key, scale))
+
+    filled = [(path, draw(path, leaf)) for path, leaf in nnx.to_flat_state(state)]
+    nnx.update(model, nnx.from_flat_state(filled))
+
+
+@functools.cache
+def _drawer(kind: str, shape, dtype, sharding):
+    """Compile one draw a shape: the 21B model has 334 parameters of a dozen shapes."""
+    draws = {
+        "normal": lambda key, scale: (jax.random.normal(key, shape, dtype) * scale).astype(dtype),
+        "ones": lambda key, scale: jnp.ones(shape, dtype),
+        "zeros": lambda key, scale: jnp.zeros(shape, dtype),
+    }
+    return jax.jit(draws[kind], out_shardings=sharding)

@@ -1,0 +1,15 @@
+"""Ops: one contract, one pure-XLA reference and named backends each."""
+
+from ernie_jax.ops.attention import RaggedBatch, packed_attention, paged_attention
+from ernie_jax.ops.experts import EXPERT_BACKENDS, default_expert_backend, grouped_mlp
+from ernie_jax.ops.precision import einsum
+
+__all__ = [
+    "EXPERT_BACKENDS",
+    "RaggedBatch",
+    "default_expert_backend",
+    "einsum",
+    "grouped_mlp",
+    "packed_attention",
+    "paged_attention",
+]

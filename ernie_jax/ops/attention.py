@@ -1,0 +1,129 @@
+"""Causal grouped-query attention, over a paged cache (inference) and over packed sequences (training)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ernie_jax.ops.precision import einsum
+
+_BLOCK = 2048  # cached positions that one step of the online softmax looks at
+_MASKED = -1e30  # finite, so that a fully masked row gives a finite (and unused) result instead of NaN
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "positions", "rows", "starts", "kv_lengths", "page_table"],
+    meta_fields=["max_query"],
+)
+@dataclasses.dataclass(frozen=True)
+class RaggedBatch:
+    """Describe one step: T tokens of up to B sequences, of which each brings a run of new tokens.
+
+    The tokens of sequence b are `tokens[starts[b]:starts[b + 1]]`; one decode token or a prefill chunk, mixed at will.
+    Padding tokens have row B. Every array may carry a leading data-group axis outside the sharded step.
+
+    Attributes:
+      tokens: [T] int32 token ids; -1 stands for the token last sampled in that row, which only the device knows.
+      positions: [T] int32 position in the sequence.
+      rows: [T] int32 which sequence.
+      starts: [B + 1] int32 first token of each sequence.
+      kv_lengths: [B] int32 cached tokens including those of this step.
+      page_table: [B, M] int32 pages of each sequence in order; P (one past the last page) where there is none.
+      max_query: static; no sequence brings more new tokens than this.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    rows: jax.Array
+    starts: jax.Array
+    kv_lengths: jax.Array
+    page_table: jax.Array
+    max_query: int
+
+
+def paged_attention(
+    q: jax.Array,  # [T, K, R, H]
+    k: jax.Array,  # [T, K, H]
+    v: jax.Array,  # [T, K, H]
+    pages: jax.Array,  # [P, page_size, 2K, H]
+    batch: RaggedBatch,
+) -> tuple[jax.Array, jax.Array]:
+    """Write the new keys and values into their pages, then attend causally over each sequence's pages.
+
+    Pages hold k and v interleaved by head: k0, v0, k1, v1, ... The softmax is float32. Rows of padding tokens come back
+    undefined but finite, and write nothing.
+
+    Returns:
+      out [T, K, R, H] in the dtype of `q`, and the updated pages.
+    """
+    page_size = pages.shape[1]
+    tokens, kv_heads, group, head_dim = q.shape
+    sequences = batch.kv_lengths.shape[0]
+
+    table = jnp.pad(batch.page_table, ((0, 1), (0, 0)), constant_values=pages.shape[0])  # row of padding tokens
+    page = table[batch.rows, batch.positions // page_size]
+    new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim).astype(pages.dtype)
+    pages = pages.at[page, batch.positions % page_size].set(new, mode="drop")
+
+    # Pad the ragged queries to [B, Q]: the reference trades arithmetic for a simple layout.
+    offsets = jnp.arange(batch.max_query)
+    source = jnp.minimum(batch.starts[:-1, None] + offsets, tokens - 1)  # [B, Q]
+    out = _attend_pages(q[source], pages, batch.page_table, batch.positions[source], batch.kv_lengths)
+    row = jnp.minimum(batch.rows, sequences - 1)
+    offset = jnp.clip(jnp.arange(tokens) - batch.starts[row], 0, batch.max_query - 1)
+    return out[row, offset], pages
+
+
+def _attend_pages(q, pages, table, positions, lengths):
+    """Attend padded queries [B, Q, K, R, H] over pages, a block of pages at a time with an online softmax."""
+    _, page_size, kv_heads, head_dim = (*pages.shape[:2], pages.shape[2] // 2, pages.shape[3])
+    sequences, queries, _, group, _ = q.shape
+    block_pages = min(table.shape[1], max(1, _BLOCK // page_size))
+    blocks = -(-table.shape[1] // block_pages)
+    table = jnp.pad(table, ((0, 0), (0, blocks * block_pages - table.shape[1])))
+    table = jnp.minimum(table, pages.shape[0] - 1).reshape(sequences, blocks, block_pages)
+    limit = jnp.minimum(positions, lengths[:, None] - 1)  # [B, Q] last position that a query sees
+
+    def step(carry, block):
+        maximum, total, out = carry
+        index, ids = block
+        kv = pages[ids].reshape(sequences, block_pages * page_size, kv_heads, 2, head_dim)
+        scores = einsum("bqkrh,bskh->bkrqs", q, kv[:, :, :, 0], jnp.float32) * head_dim**-0.5
+        cached = index * block_pages * page_size + jnp.arange(block_pages * page_size)
+        scores = jnp.where((cached <= limit[:, :, None])[:, None, None], scores, _MASKED)
+        new_maximum = jnp.maximum(maximum, scores.max(-1))
+        weights = jnp.exp(scores - new_maximum[..., None])
+        rescale = jnp.exp(maximum - new_maximum)
+        values = einsum("bkrqs,bskh->bkrqh", weights.astype(q.dtype), kv[:, :, :, 1], jnp.float32)
+        return (new_maximum, total * rescale + weights.sum(-1), out * rescale[..., None] + values), None
+
+    rows = (sequences, kv_heads, group, queries)
+    carry = (jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros((*rows, head_dim)))
+    if blocks == 1:
+        carry, _ = step(carry, (0, table[:, 0]))
+    else:
+        carry, _ = jax.lax.scan(step, carry, (jnp.arange(blocks), jnp.moveaxis(table, 1, 0)))
+    _, total, out = carry
+    return jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype)  # [B, Q, K, R, H]
+
+
+def packed_attention(
+    q: jax.Array,  # [B, T, K, R, H]
+    k: jax.Array,  # [B, T, K, H]
+    v: jax.Array,  # [B, T, K, H]
+    segments: jax.Array,  # [B, T] int32
+) -> jax.Array:
+    """Attend causally within segments: documents packed into one row never see each other. The softmax is float32.
+
+    Returns:
+      [B, T, K, R, H] in the dtype of `q`.
+    """
+    scores = einsum("bqkrh,bskh->bkrqs", q, k, jnp.float32) * q.shape[-1] ** -0.5
+    index = jnp.arange(q.shape[1])
+    visible = (index[:, None] >= index) & (segments[:, :, None] == segments[:, None, :])
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1)
+    return einsum("bkrqs,bskh->bqkrh", weights.astype(q.dtype), v)
