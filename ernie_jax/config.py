@@ -35,11 +35,11 @@ _IGNORED_FIELDS = frozenset("""
     moe_use_aux_free_update_coef sinkhorn_2gate sinkhorn_temp weight_share_add_bias compression_ratio
     num_experts num_experts_per_tok use_recompute recompute_granularity tensor_parallel_output
     tensor_parallel_degree sequence_parallel context_parallel_degree sep_parallel_degree pp_seg_method
-    paddleformers_version paddlenlp_version dpo_config kto_config quantization_config_note remove_tail_layer
+    paddleformers_version paddlenlp_version dpo_config kto_config remove_tail_layer
     token_balance_loss token_balance_seqlen disable_ffn_model_parallel disable_pipeline_warmup
-    cachekv_quant rope_reorder rope_3d freq_allocation micro_batch_size use_sparse_head_and_loss_fn
-    loss_subbatch_seqlen skip_recompute_ops max_window_layers use_sliding_window embedding_dropout
-""".split())
+    micro_batch_size use_sparse_head_and_loss_fn
+    loss_subbatch_seqlen skip_recompute_ops embedding_dropout
+""".split())  # noqa: SIM905
 _IGNORED_PREFIXES = ("fuse_", "use_fused_", "use_sparse_", "pipeline_parallel", "virtual_pp", "fp8_", "use_fp8")
 
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -112,7 +112,7 @@ class ModelConfig:
 
     @property
     def head_bias(self) -> bool:
-        """Whether the output head has a bias: transformers gives the MoE models one under `use_bias`, the dense none."""
+        """Whether the output head has a bias: in transformers `use_bias` gives the MoE models one, the dense none."""
         return self.use_bias and self.is_moe
 
     def is_moe_layer(self, index: int) -> bool:

@@ -17,7 +17,9 @@ from jax.sharding import PartitionSpec as P
 MESH_AXES = ("data", "expert", "tensor")
 
 # Every logical axis has an entry, None included: a name without one is an error, not a replicated axis.
-_REPLICATED = dict.fromkeys(("vocab", "embed", "kv_head", "group_head", "head_dim", "mlp", "expert", "expert_score", "gate_up", "embed_pair"))
+_REPLICATED = dict.fromkeys(
+    ("vocab", "embed", "embed_pair", "kv_head", "group_head", "head_dim", "gate_up", "mlp", "expert", "expert_score")
+)
 PRESETS: Mapping[str, Mapping[str, str | None]] = MappingProxyType(
     {"single": MappingProxyType({**_REPLICATED, "page": None, "group": "data"})}
 )

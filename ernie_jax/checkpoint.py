@@ -1,0 +1,197 @@
+"""Checkpoints: a self-contained directory, restored straight into shards.
+
+    manifest.json    written last: a directory without it is not finished
+    config.json      Hugging Face's, verbatim; beside it generation_config.json, tokenizer files, chat template
+    params/          an Orbax checkpoint of the nested parameter tree, keys as in `model.parameter_specs`
+
+Paths are local or gs://.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
+
+from ernie_jax.config import ModelConfig, read_json
+from ernie_jax.errors import UserError
+from ernie_jax.model import Ernie
+from ernie_jax.sharding import shard_abstract
+
+FORMAT = "ernie_jax"
+VERSION = 1
+MANIFEST = "manifest.json"
+PARAMS = "params"
+# Everything beside the weights that makes a checkpoint self-contained; those that a source has are copied verbatim.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
+_GROUP_BYTES = 2 << 30  # restored between two updates of the progress bar
+
+
+def parse_dtype(name: str) -> jnp.dtype:
+    """Return the dtype of a --dtype flag or a manifest."""
+    if name not in _DTYPES:
+        raise UserError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
+    return jnp.dtype(_DTYPES[name])
+
+
+def is_checkpoint(directory: str | os.PathLike) -> bool:
+    """Tell whether a directory holds a finished ernie_jax checkpoint."""
+    return (epath.Path(directory) / MANIFEST).exists()
+
+
+def read_manifest(directory: str | os.PathLike) -> dict:
+    """Read and check manifest.json.
+
+    Raises:
+      UserError: if the directory is missing, unfinished, foreign, or of a newer format.
+    """
+    directory = epath.Path(directory)
+    if not directory.exists():
+        raise UserError(f"{directory}: no such directory")
+    if not is_checkpoint(directory):
+        unfinished = (directory / PARAMS).exists()
+        again, first = "run the same convert command again to finish it", "run `main.py convert` first"
+        hint = again if unfinished else first
+        raise UserError(f"{directory}: not an ernie_jax checkpoint (no {MANIFEST}); {hint}")
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{directory / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{directory / MANIFEST}: format version {manifest.get('version')} is not {VERSION}, the one this release "
+            "reads; convert the model again or update ernie_jax"
+        )
+    return manifest
+
+
+def read_config(directory: str | os.PathLike) -> ModelConfig:
+    """Read the ModelConfig of a checkpoint, with as many multi-token-prediction layers as it has weights for."""
+    manifest = read_manifest(directory)
+    config = ModelConfig.from_file(epath.Path(directory) / "config.json")
+    return dataclasses.replace(config, num_nextn_predict_layers=manifest["num_nextn_predict_layers"])
+
+
+def restore(
+    directory: str | os.PathLike, mesh: jax.sharding.Mesh, dtype: jnp.dtype | None = None, progress: bool = False
+) -> Ernie:
+    """Load a checkpoint onto the devices of a mesh, each reading only its shards.
+
+    Args:
+      dtype: of the weights; default: the checkpoint's own. Router tensors stay float32.
+      progress: show a bar with GB/s and time left.
+
+    Raises:
+      UserError: if the directory is no finished checkpoint or its parameters do not fit its config.
+    """
+    manifest = read_manifest(directory)
+    model = Ernie(read_config(directory), dtype or parse_dtype(manifest["dtype"]))
+    abstract = nnx.to_flat_state(shard_abstract(nnx.state(model), mesh))
+    stored = manifest["parameters"]
+    _check_parameters(str(directory), {_dotted(p): v.get_value().shape for p, v in abstract}, stored)
+
+    context = ocp.Context()
+    context.memory.read_concurrent_bytes = 1 << 30
+    total = sum(_nbytes(v.get_value()) for _, v in abstract)
+    filled = []
+    with (
+        context,
+        tqdm(total=total, unit="B", unit_scale=True, desc="restore", disable=not progress, mininterval=0.5) as bar,
+    ):
+        for group in _groups(abstract):
+            tree = {tuple(map(str, path)): variable.get_value() for path, variable in group}
+            skipped = {tuple(name.split(".")): ocp.PLACEHOLDER for name in stored}
+            arrays = nnx.traversals.flatten_mapping(
+                ocp.load(epath.Path(directory) / PARAMS, nnx.traversals.unflatten_mapping(skipped | tree))
+            )
+            filled += [(path, variable.replace(arrays[tuple(map(str, path))])) for path, variable in group]
+            bar.update(sum(_nbytes(v.get_value()) for _, v in group))
+    nnx.update(model, nnx.from_flat_state(filled))
+    return model
+
+
+def save(directory: str | os.PathLike, model: Ernie, small_files: dict[str, bytes], source: str) -> None:
+    """Write a model as a finished checkpoint; the manifest comes last.
+
+    Args:
+      small_files: contents of config.json, which must be there, and of other SMALL_FILES.
+      source: where the weights come from, for the manifest.
+
+    Raises:
+      UserError: if the directory exists and is not empty.
+    """
+    directory = epath.Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory}: exists and is not empty; choose another directory or delete it")
+    directory.mkdir(parents=True, exist_ok=True)
+    flat = {tuple(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_zarr3 = False
+    context.array.saving.use_compression = False
+    with context:
+        ocp.save(directory / PARAMS, nnx.traversals.unflatten_mapping(flat))
+    for name, content in small_files.items():
+        (directory / name).write_bytes(content)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": source,
+        "dtype": str(flat["embed", "weight"].dtype),
+        "num_nextn_predict_layers": model.config.num_nextn_predict_layers,
+        "parameters": {
+            ".".join(path): {"shape": list(x.shape), "dtype": str(x.dtype), "bytes": _nbytes(x)}
+            for path, x in flat.items()
+        },
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _check_parameters(directory: str, expected: dict[str, tuple], stored: dict[str, dict]) -> None:
+    problems = [f"missing {name}" for name in expected if name not in stored]
+    problems += [f"unexpected {name}" for name in stored if name not in expected]
+    problems += [
+        f"{name} is {tuple(stored[name]['shape'])}, expected {shape}"
+        for name, shape in expected.items()
+        if name in stored and tuple(stored[name]["shape"]) != shape
+    ]
+    if problems:
+        raise UserError(f"{directory}: parameters do not fit config.json: {'; '.join(problems)}")
+
+
+def _groups(leaves: list[tuple[tuple, nnx.Variable]]) -> Iterator[list[tuple[tuple, nnx.Variable]]]:
+    group, size = [], 0
+    for leaf in leaves:
+        group.append(leaf)
+        size += _nbytes(leaf[1].get_value())
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _nbytes(x) -> int:
+    return int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize
