@@ -1,8 +1,8 @@
 """Engine: sequences in, tokens out, with the device always at least one step ahead of the host.
 
 The host decides a step from what it knows without waiting (lengths, pages, budgets), dispatches it, and reads the
-tokens of an earlier one. A sequence that turns out to have stopped has by then a surplus token or two in flight; they are
-dropped.
+tokens of an earlier one. A sequence that turns out to have stopped has by then a surplus token or two in flight, which
+are dropped.
 """
 
 from __future__ import annotations
@@ -153,20 +153,8 @@ class Engine:
         Raises:
           UserError: if the prompt is empty, holds an id outside the vocabulary, or does not fit the context or cache.
         """
-        self.check_tokens(prompt)
-        params.check_vocabulary(self.config.vocab_size)
-        context = self.config.max_position_embeddings
-        if len(prompt) >= context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens; with at least one new token it exceeds the model's context "
-                f"of {context}"
-            )
-        most = min(params.max_new_tokens, context - len(prompt))
-        if len(prompt) + most > self.cache_tokens:
-            raise UserError(
-                f"prompt ({len(prompt)} tokens) and max_new_tokens ({most}) need more than the KV cache's "
-                f"{self.cache_tokens} tokens; lower max_new_tokens or raise --cache_tokens"
-            )
+        self.check(prompt, params)
+        most = min(params.max_new_tokens, self.config.max_position_embeddings - len(prompt))
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         request, self._requests = self._requests, self._requests + 1
@@ -222,6 +210,23 @@ class Engine:
                     self._allocator.release(sequence.pages)
                     pieces = [np.asarray(array)[where] for array, where in parts.pop(sequence.request)]
                     yield sequence.request, np.concatenate(pieces)[:-1].tolist()
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Check a request without queueing it; raises as `submit`."""
+        self.check_tokens(prompt)
+        params.check_vocabulary(self.config.vocab_size)
+        context = self.config.max_position_embeddings
+        if len(prompt) >= context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens; with at least one new token it exceeds the model's context "
+                f"of {context}"
+            )
+        most = min(params.max_new_tokens, context - len(prompt))
+        if len(prompt) + most > self.cache_tokens:
+            raise UserError(
+                f"prompt ({len(prompt)} tokens) and max_new_tokens ({most}) need more than the KV cache's "
+                f"{self.cache_tokens} tokens; lower max_new_tokens or raise --cache_tokens"
+            )
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Check that token ids can be fed to the model.

@@ -12,7 +12,7 @@ from flax import nnx
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.model.layers import Attend, DecoderLayer, Linear, RMSNorm, Routing, parameter, rotary_angles
-from ernie_jax.ops import einsum
+from ernie_jax.ops import einsum, packed_attention
 from ernie_jax.sharding import shard_abstract
 
 
@@ -109,6 +109,17 @@ class Ernie(nnx.Module):
             weight = self.embed.weight if tied else self.head.weight
             logits = einsum("...d,vd->...v", hidden, weight[...])
             return logits + self.head.bias[...] if self.config.head_bias else logits
+
+
+def forward(model: Ernie, tokens: jax.Array) -> jax.Array:
+    """Return logits [B, T, V] after every token of whole sequences [B, T], without a cache.
+
+    A pure function, ready for `jax.jit` and `jax.grad` over the model (a pytree).
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    one_document = jnp.zeros_like(tokens)
+    out = model(tokens, positions, lambda q, k, v, cache: (packed_attention(q, k, v, one_document), cache))
+    return model.logits(out.hidden)
 
 
 def parameter_specs(config: ModelConfig, dtype=jnp.bfloat16) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,0 +1,22 @@
+# `make demo` and `make test` set up everything they need (.venv with Python 3.12+ and the pinned requirements).
+PYTHON := .venv/bin/python
+# Most of the tests' time is XLA compiling: two workers on two cores.
+WORKERS ?= 2
+
+.PHONY: demo test parity lint setup
+
+demo: setup
+	$(PYTHON) main.py demo
+
+test: setup lint
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
+
+# Compares with transformers, live, on checkpoints that it writes for the occasion (in .parity, an environment of its own).
+parity: setup
+	JAX_PLATFORMS=cpu $(PYTHON) tests/parity/live.py
+
+lint: setup
+	.venv/bin/ruff check .
+
+setup:
+	@scripts/setup

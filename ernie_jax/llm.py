@@ -1,0 +1,279 @@
+"""LLM: text or token ids in, completions out; the façade over tokenizer, checkpoint and engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from ernie_jax import checkpoint, sharding
+from ernie_jax.config import ModelConfig, read_json
+from ernie_jax.engine import Engine, EngineOptions, SamplingParams
+from ernie_jax.engine.engine import FinishReason, TokenEvent
+from ernie_jax.errors import UserError
+from ernie_jax.model import Ernie, forward, initialize
+from ernie_jax.text import ChatTemplate, IncrementalDetokenizer, StopStringMatcher, Tokenizer, check_vocabulary
+
+# Text, token ids, or chat messages.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+_GENERATION_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "frequency_penalty", "presence_penalty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with.
+
+    Attributes:
+      text: the new text, without stop token or stop string; None if the checkpoint has no tokenizer.
+      token_ids: the new ids, the stop id included.
+      finish_reason: "stop" (a stop id or string) or "length".
+      prompt_tokens: how many ids the prompt had.
+      logprobs: log-probability of each new token, if asked for.
+      top_logprobs: for each new token the likeliest (id, log-probability) pairs, if asked for.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    logprobs: list[float] | None = None
+    top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed answer: text that is now certain, and on the last piece the whole Completion."""
+
+    index: int
+    text: str
+    completion: Completion | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Token ids and the log-probability of each given those before; None for the first."""
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+
+
+class LLM:
+    """A model ready to generate. Make one with `load`, or `random` for a model without weights.
+
+    Attributes:
+      model: the bare Flax NNX model, for `ernie_jax.forward` and everything else.
+      config: its ModelConfig.
+      tokenizer: None if the checkpoint has none; then only token ids go in and out.
+      generation_config: fields of the checkpoint's generation_config.json.
+    """
+
+    def __init__(self, model: Ernie, mesh: jax.sharding.Mesh, directory: epath.Path | None, options: EngineOptions):
+        self.model = model
+        self.config = model.config
+        self.mesh = mesh
+        self.tokenizer: Tokenizer | None = None
+        self.template: ChatTemplate | None = None
+        self.generation_config: dict = {}
+        eos: list = [self.config.eos_token_id]
+        if directory is not None:
+            self.generation_config = _optional_json(directory / "generation_config.json")
+            eos += [
+                fields.get("eos_token_id") for fields in (self.generation_config, read_json(directory / "config.json"))
+            ]
+            if any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+                self.tokenizer = Tokenizer.load(directory)
+                check_vocabulary(self.tokenizer, self.config)
+                self.template = ChatTemplate.load(directory, self.tokenizer)
+        if self.tokenizer:
+            stop_ids = self.tokenizer.stop_ids(*eos)
+        else:
+            lists = [[ids] if isinstance(ids, int) else ids or [] for ids in eos]
+            stop_ids = frozenset(itertools.chain(*lists))
+        valid_vocab = self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
+        self.engine = Engine(model, mesh, options, valid_vocab=valid_vocab, stop_ids=stop_ids)
+        self._forward = None
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike, dtype: str | None = None, progress: bool = False, **options: Any
+    ) -> LLM:
+        """Load a converted checkpoint, local or gs://, onto the first device.
+
+        Args:
+          dtype: of weights and cache, bfloat16, float32 or float16; default: the checkpoint's. Routers stay float32.
+          progress: show a bar while restoring.
+          **options: fields of EngineOptions, such as cache_tokens and max_sequences.
+
+        Raises:
+          UserError: if the directory is no converted checkpoint (nothing is converted here), or does not fit.
+        """
+        directory, options = epath.Path(directory), EngineOptions(**options)
+        mesh = sharding.make_mesh()
+        model = checkpoint.restore(directory, mesh, checkpoint.parse_dtype(dtype) if dtype else None, progress)
+        return cls(model, mesh, directory, options)
+
+    @classmethod
+    def random(cls, config: ModelConfig, dtype: str = "bfloat16", seed: int = 0, **options: Any) -> LLM:
+        """Make a model with random weights, drawn on the device: for sizing, timing and tests."""
+        options, mesh = EngineOptions(**options), sharding.make_mesh()
+        model = Ernie(config, checkpoint.parse_dtype(dtype))
+        initialize(model, mesh, seed)
+        return cls(model, mesh, None, options)
+
+    def sampling_params(self, **fields: Any) -> SamplingParams:
+        """Return the checkpoint's recommended sampling settings with `fields` in place of its own."""
+        recommended = {n: self.generation_config[n] for n in _GENERATION_FIELDS if self.generation_config.get(n)}
+        if self.generation_config.get("do_sample") is False:
+            recommended["temperature"] = 0.0
+        return SamplingParams.from_dict({**recommended, **{n: v for n, v in fields.items() if v is not None}})
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Turn text, messages or token ids into token ids.
+
+        Raises:
+          UserError: if the prompt is empty, malformed, or text without a tokenizer.
+        """
+        if not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise UserError("this checkpoint has no tokenizer; give token ids")
+        text = prompt if isinstance(prompt, str) else self.template.render(prompt)
+        return self.tokenizer.encode(text)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continue every prompt; many at once, of any lengths.
+
+        Args:
+          prompts: each a text, a list of token ids, or a list of chat messages.
+          params: one for all or one for each; default: `sampling_params()`.
+
+        Raises:
+          UserError: if a prompt or a setting is bad; nothing is generated then.
+        """
+        completions: list[Completion | None] = [None] * len(prompts)
+        for chunk in self.stream(prompts, params):
+            if chunk.completion:
+                completions[chunk.index] = chunk.completion
+        return completions
+
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Chunk]:
+        """Continue every prompt like `generate`, yielding text as it comes; closing the iterator stops the work."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list; for one text pass [text]")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or self.sampling_params()] * len(prompts)
+        encoded = [self.encode(prompt) for prompt in prompts]
+        for ids, settings in zip(encoded, params, strict=True):
+            self.engine.check(ids, settings)
+            if settings.stop and self.tokenizer is None:
+                raise UserError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
+        streams = {}
+        for index, (prompt, ids, settings) in enumerate(zip(prompts, encoded, params, strict=True)):
+            chat = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], int | np.integer))
+            streams[self.engine.submit(ids, settings)] = _Stream(index, len(ids), settings, self.tokenizer, chat)
+        try:
+            while streams:
+                for event in self.engine.step():
+                    if stream := streams.get(event.request):
+                        chunk = stream.push(event)
+                        if chunk.completion:
+                            self.engine.cancel(event.request)  # a stop string: the engine does not know it ended
+                            del streams[event.request]
+                        if chunk.text or chunk.completion:
+                            yield chunk
+        finally:
+            for request in streams:
+                self.engine.cancel(request)
+
+    def score(self, texts: Sequence[str | Sequence[int]]) -> list[Score]:
+        """Return the log-probability of every token of each text given those before it.
+
+        Raises:
+          UserError: if a text is empty or too long.
+        """
+        return [score for _, score in sorted(self.iter_score(texts), key=lambda item: item[0])]
+
+    def iter_score(self, texts: Sequence[str | Sequence[int]]) -> Iterator[tuple[int, Score]]:
+        """Yield (index, Score) of each text as it is done."""
+        encoded = [self.encode(text) for text in texts]
+        for index, logprobs in self.engine.score(encoded):
+            yield index, Score(encoded[index], [None, *logprobs])
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Return the logits [T, V] float32 after each token of a sequence."""
+        self.engine.check_tokens(token_ids)
+        if self._forward is None:
+            graphdef, self._state = nnx.split(self.model)
+            self._forward = jax.jit(lambda state, tokens: forward(nnx.merge(graphdef, state), tokens))
+        padded = np.zeros((1, -(-len(token_ids) // 128) * 128), np.int32)  # few compiled lengths
+        padded[0, : len(token_ids)] = token_ids
+        return np.asarray(self._forward(self._state, padded)[0, : len(token_ids)], np.float32)
+
+    def describe(self) -> str:
+        """Say in one line what runs where: devices, mesh, dtype, op backends, cache."""
+        devices = self.mesh.devices.ravel()
+        mesh = ",".join(f"{name}:{size}" for name, size in self.mesh.shape.items())
+        options, engine = self.engine.options, self.engine
+        experts = options.expert_backend or "auto (gather, dense or sorted, by tokens)"
+        return (
+            f"{len(devices)} x {devices[0].device_kind} · mesh {mesh} · {jnp.dtype(engine.dtype).name} · "
+            f"attention: xla · experts: {experts if self.config.is_moe else 'none'} · "
+            f"cache {engine.cache_tokens:,} tokens in pages of {options.page_size} · "
+            f"up to {options.max_sequences} sequences"
+        )
+
+
+class _Stream:
+    """Turn the token events of one request into text chunks and at last a Completion."""
+
+    def __init__(self, index: int, prompt_tokens: int, params: SamplingParams, tokenizer: Tokenizer | None, chat: bool):
+        self._index = index
+        self._prompt_tokens = prompt_tokens
+        self._params = params
+        self._detokenizer = IncrementalDetokenizer(tokenizer, strip_space=chat) if tokenizer else None
+        self._matcher = StopStringMatcher(params.stop)
+        self._text: list[str] = []
+        self._events: list[TokenEvent] = []
+
+    def push(self, event: TokenEvent) -> Chunk:
+        self._events.append(event)
+        reason, text = event.finish_reason, ""
+        if self._detokenizer:
+            if reason != "stop":
+                text = self._detokenizer.push(event.token)
+            if reason:
+                text += self._detokenizer.flush()
+            text, stopped = self._matcher.feed(text)
+            if stopped:
+                reason = "stop"
+            elif reason:
+                text += self._matcher.flush()
+        self._text.append(text)
+        return Chunk(self._index, text, self._completion(reason) if reason else None)
+
+    def _completion(self, reason: FinishReason) -> Completion:
+        return Completion(
+            text="".join(self._text) if self._detokenizer else None,
+            token_ids=[event.token for event in self._events],
+            finish_reason=reason,
+            prompt_tokens=self._prompt_tokens,
+            logprobs=[event.logprob for event in self._events] if self._params.logprobs else None,
+            top_logprobs=[event.top_logprobs for event in self._events] if self._params.top_logprobs else None,
+        )
+
+
+def _optional_json(path: epath.Path) -> dict:
+    return read_json(path) if path.exists() else {}
