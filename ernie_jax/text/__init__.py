@@ -1,0 +1,7 @@
+"""Text in and out: tokenizer, streaming detokeniser, stop strings and chat templates."""
+
+from ernie_jax.text.chat import ChatTemplate
+from ernie_jax.text.stop import StopStringMatcher
+from ernie_jax.text.tokenizer import IncrementalDetokenizer, Tokenizer, check_vocabulary
+
+__all__ = ["ChatTemplate", "IncrementalDetokenizer", "StopStringMatcher", "Tokenizer", "check_vocabulary"]
