@@ -22,8 +22,8 @@ from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie, forward, initialize
 from ernie_jax.text import ChatTemplate, IncrementalDetokenizer, StopStringMatcher, Tokenizer, check_vocabulary
 
-# Text, token ids, or chat messages.
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+# Text, token ids, chat messages, or {"messages": [...], "tools": [...]}.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
@@ -142,12 +142,24 @@ class LLM:
         Raises:
           UserError: if the prompt is empty, malformed, or text without a tokenizer.
         """
-        if not isinstance(prompt, str) and all(isinstance(token, int | np.integer) for token in prompt):
+        if not isinstance(prompt, str) and not _is_chat(prompt):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
             raise UserError("this checkpoint has no tokenizer; give token ids")
-        text = prompt if isinstance(prompt, str) else self.template.render(prompt)
-        return self.tokenizer.encode(text)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        conversation = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
+        return self.tokenizer.encode(self.template.render(**conversation))
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Check a prompt and its settings without generating.
+
+        Raises:
+          UserError: if `generate` would refuse them.
+        """
+        self.engine.check(self.encode(prompt), params)
+        if params.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -155,7 +167,7 @@ class LLM:
         """Continue every prompt; many at once, of any lengths.
 
         Args:
-          prompts: each a text, a list of token ids, or a list of chat messages.
+          prompts: each a text, a list of token ids, a list of chat messages, or messages with tools.
           params: one for all or one for each; default: `sampling_params()`.
 
         Raises:
@@ -175,15 +187,13 @@ class LLM:
             raise TypeError("prompts must be a list; for one text pass [text]")
         if params is None or isinstance(params, SamplingParams):
             params = [params or self.sampling_params()] * len(prompts)
-        encoded = [self.encode(prompt) for prompt in prompts]
-        for ids, settings in zip(encoded, params, strict=True):
-            self.engine.check(ids, settings)
-            if settings.stop and self.tokenizer is None:
-                raise UserError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
+        for prompt, settings in zip(prompts, params, strict=True):
+            self.check(prompt, settings)
         streams = {}
-        for index, (prompt, ids, settings) in enumerate(zip(prompts, encoded, params, strict=True)):
-            chat = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], int | np.integer))
-            streams[self.engine.submit(ids, settings)] = _Stream(index, len(ids), settings, self.tokenizer, chat)
+        for index, (prompt, settings) in enumerate(zip(prompts, params, strict=True)):
+            ids = self.encode(prompt)
+            request = self.engine.submit(ids, settings)
+            streams[request] = _Stream(index, len(ids), settings, self.tokenizer, _is_chat(prompt))
         try:
             while streams:
                 for event in self.engine.step():
@@ -273,6 +283,11 @@ class _Stream:
             logprobs=[event.logprob for event in self._events] if self._params.logprobs else None,
             top_logprobs=[event.top_logprobs for event in self._events] if self._params.top_logprobs else None,
         )
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    """Tell messages from text and token ids."""
+    return isinstance(prompt, Mapping) or (not isinstance(prompt, str) and any(isinstance(m, Mapping) for m in prompt))
 
 
 def _optional_json(path: epath.Path) -> dict:

@@ -184,11 +184,8 @@ class Engine:
         """
         if self.has_work:
             raise RuntimeError("score needs an idle engine")
-        most = min(self.config.max_position_embeddings, self.cache_tokens)
         for prompt in prompts:
-            self.check_tokens(prompt)
-            if len(prompt) > most:
-                raise UserError(f"the text has {len(prompt)} tokens; context and KV cache allow {most}")
+            self.check_length(prompt)
         waiting = deque(_Sequence(i, prompt, SamplingParams()) for i, prompt in enumerate(prompts))
         active: list[_Sequence] = []
         parts: dict[int, list[tuple[jax.Array, slice]]] = {i: [] for i in range(len(prompts))}
@@ -227,6 +224,13 @@ class Engine:
                 f"prompt ({len(prompt)} tokens) and max_new_tokens ({most}) need more than the KV cache's "
                 f"{self.cache_tokens} tokens; lower max_new_tokens or raise --cache_tokens"
             )
+
+    def check_length(self, tokens: Sequence[int]) -> None:
+        """Check a text to be scored; raises as `score`."""
+        self.check_tokens(tokens)
+        most = min(self.config.max_position_embeddings, self.cache_tokens)
+        if len(tokens) > most:
+            raise UserError(f"the text has {len(tokens)} tokens; context and KV cache allow {most}")
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Check that token ids can be fed to the model.

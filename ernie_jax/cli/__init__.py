@@ -1,0 +1,75 @@
+"""The command line: one word per job.
+
+`main` imports a command's module only when it runs, so that `help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from ernie_jax.cli.command import Command, UsageError
+from ernie_jax.errors import UserError
+
+# word -> (module of ernie_jax.cli that holds it, summary)
+COMMANDS = {
+    "demo": ("generate", "run the embedded model: convert it and stream a few continuations"),
+    "convert": ("conversion", "make an Orbax checkpoint from a Hugging Face (or Paddle) directory or hub id"),
+    "export": ("conversion", "give the Hugging Face safetensors back from a checkpoint"),
+    "verify": ("conversion", "compare a checkpoint with its source, tensor by tensor"),
+    "info": ("info", "show a model's configuration, parameters, bytes and what it fits on"),
+    "generate": ("generate", "continue a prompt, or a file of prompts"),
+    "score": ("score", "log-probabilities of given texts, and their perplexity"),
+    "chat": ("chat", "talk with a model"),
+    "train": ("train", "train a model by a recipe"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command and exit: 0 when all went well, 1 on bad input, 2 on bad usage, 130 when interrupted."""
+    argv = sys.argv if argv is None else argv
+    word = argv[1] if len(argv) > 1 else "help"
+    try:
+        if word in ("help", "--help", "-h") and len(argv) <= 2:
+            print(_overview())
+            code = 0
+        else:
+            word, arguments = (argv[2], ["--help"]) if word == "help" else (word, argv[2:])
+            code = _find(word).main(arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `| head`: what was asked for has been read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _find(word: str) -> Command:
+    if word not in COMMANDS:
+        raise UsageError(f"unknown command {word!r}; the commands are {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"ernie_jax.cli.{COMMANDS[word][0]}")
+    return getattr(module, word.upper())
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {word:<{width}}  {summary}" for word, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "ERNIE 4.5 in JAX.",
+            "",
+            "usage: main.py COMMAND [--flag=value ...]",
+            "",
+            *lines,
+            "",
+            "`main.py COMMAND --help` shows a command's flags and examples.",
+        ]
+    )

@@ -1,0 +1,91 @@
+"""convert, export and verify."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from ernie_jax.cli.command import Command, require
+
+
+def _define_convert(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("source", None, "Hugging Face directory (local or gs://) or hub id", flag_values=values)
+    flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
+    flags.DEFINE_string("target", None, "directory of the new checkpoint (local or gs://)", flag_values=values)
+    flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: as stored", flag_values=values)
+    flags.DEFINE_float("host_memory_gb", 4.0, "memory that the conversion may use", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "replace a checkpoint at --target", flag_values=values)
+    flags.DEFINE_bool("keep_download", False, "keep downloaded shards once they are written", flag_values=values)
+
+
+def _convert(values: flags.FlagValues) -> None:
+    import convert
+
+    require(values, "source", "target")
+    convert.convert(
+        values.source,
+        values.target,
+        revision=values.revision,
+        dtype=values.dtype,
+        host_memory_gb=values.host_memory_gb,
+        overwrite=values.overwrite,
+        keep_download=values.keep_download,
+    )
+
+
+def _define_export(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("source", None, "a converted checkpoint", flag_values=values)
+    flags.DEFINE_string("target", None, "directory of the Hugging Face files", flag_values=values)
+    flags.DEFINE_float("host_memory_gb", 4.0, "memory that the export may use", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "replace an earlier export at --target", flag_values=values)
+
+
+def _export(values: flags.FlagValues) -> None:
+    import convert
+
+    require(values, "source", "target")
+    convert.export(
+        values.source, values.target, host_memory_gb=values.host_memory_gb, overwrite=values.overwrite
+    )
+
+
+def _define_verify(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("source", None, "the Hugging Face directory that was converted", flag_values=values)
+    flags.DEFINE_string("target", None, "the converted checkpoint", flag_values=values)
+
+
+def _verify(values: flags.FlagValues) -> int:
+    import convert
+
+    require(values, "source", "target")
+    differences = convert.verify(values.source, values.target)
+    for difference in differences:
+        print(difference)
+    print(f"{len(differences)} differences" if differences else "equal")
+    return int(bool(differences))
+
+
+CONVERT = Command(
+    "convert",
+    "Make a self-contained Orbax checkpoint from a Hugging Face directory or hub id. Streams, so memory stays small; "
+    "started again after an interruption, it goes on where it was.",
+    (
+        "main.py convert --source=baidu/ERNIE-4.5-21B-A3B-PT --target=checkpoints/21b",
+        "main.py convert --source=downloads/ERNIE-4.5-21B-A3B-PT --target=gs://bucket/21b",
+    ),
+    _define_convert,
+    _convert,
+)
+EXPORT = Command(
+    "export",
+    "Write a checkpoint's tensors as Hugging Face safetensors, names, dtypes and bytes as they came.",
+    ("main.py export --source=checkpoints/21b --target=exported/21b",),
+    _define_export,
+    _export,
+)
+VERIFY = Command(
+    "verify",
+    "Compare every tensor of a checkpoint with its source. Exits with 1 and names what differs.",
+    ("main.py verify --source=downloads/ERNIE-4.5-21B-A3B-PT --target=checkpoints/21b",),
+    _define_verify,
+    _verify,
+)

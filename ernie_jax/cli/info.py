@@ -1,0 +1,109 @@
+"""info."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from absl import flags
+from etils import epath
+
+from ernie_jax.cli import models
+from ernie_jax.cli.command import Command, UsageError
+from ernie_jax.config import ModelConfig
+from ernie_jax.errors import UserError
+
+# Bytes of a chip's memory for weights and cache; a part stays free for temporaries. TPUs: what the compiler can use.
+_CHIPS = {
+    "TPU v5e": 0.95 * 15.75 * 2**30,
+    "TPU v6e": 0.95 * 31.24 * 2**30,
+    "TPU v5p": 0.95 * 95.73 * 2**30,
+    "GPU 24 GB": 0.9 * 24e9,
+    "GPU 80 GB": 0.9 * 80e9,
+    "GPU 141 GB": 0.9 * 141e9,
+}
+_GROUPS = (
+    ("embedding", r"embed\."),
+    ("attention", r"layers\.\d+\.attention\."),
+    ("dense MLP", r"layers\.\d+\.mlp\.(gate_up|down)\."),
+    ("routers", r"layers\.\d+\.mlp\.router\."),
+    ("routed experts", r"layers\.\d+\.mlp\.experts\."),
+    ("shared experts", r"layers\.\d+\.mlp\.shared\."),
+    ("norms", r"(layers\.\d+\.\w+_)?norm\."),
+    ("head", r"head\."),
+    ("multi-token prediction", r"mtp\."),
+)
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "model", None, "a checkpoint or Hugging Face directory, or a preset", flag_values=values
+    )
+    flags.DEFINE_string("dtype", None, "count the weights in this dtype", flag_values=values)
+
+
+def _info(values: flags.FlagValues) -> None:
+    from ernie_jax.checkpoint import parse_dtype
+    from ernie_jax.engine.cache import bytes_per_token
+    from ernie_jax.model import parameter_specs
+
+    if not values.model:
+        raise UsageError("give --model: a checkpoint or Hugging Face directory, or a preset")
+    config, stored, source = _read(values.model)
+    dtype = parse_dtype(values.dtype or stored)
+    print(f"{values.model} ({source})\n")
+    for field in dataclasses.fields(config):
+        print(f"  {field.name:<26}{getattr(config, field.name)}")
+    specs = parameter_specs(config, dtype)
+    print(f"\n  {'parameters':<26}{'count':>18}{'bytes':>18}")
+    total = 0
+    for group, pattern in _GROUPS:
+        chosen = [spec for name, spec in specs.items() if re.match(pattern, name)]
+        count = sum(math.prod(spec.shape) for spec in chosen)
+        size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in chosen)
+        total += size
+        if count:
+            print(f"  {group:<26}{count:>18,}{size:>18,}")
+    print(f"  {'total':<26}{sum(math.prod(s.shape) for s in specs.values()):>18,}{total:>18,}")
+    print(f"  {'read for one token':<26}{_active(config, specs):>18,}")
+    per_token = bytes_per_token(config, dtype)
+    print(f"\n  KV cache: {per_token:,} bytes a token, {per_token * config.max_position_embeddings / 1e9:.2f} GB for "
+          f"{config.max_position_embeddings:,} tokens")
+    print(f"\n  {'device':<14}{'fewest':>8}{'tokens of KV cache left':>28}   ({dtype.name} weights, evenly spread)")
+    for name, memory in _CHIPS.items():
+        chips = 1 << max(0, math.ceil(math.log2(total / memory)))
+        print(f"  {name:<14}{chips:>8}{int((chips * memory - total) // per_token):>28,}")
+
+
+def _read(model: str) -> tuple[ModelConfig, str, str]:
+    """Return the config, the stored dtype, and what kind of thing --model is."""
+    from ernie_jax.checkpoint import is_checkpoint, read_config, read_manifest
+
+    if model in models.presets():
+        return ModelConfig.from_file(models.presets()[model]), "bfloat16", "preset"
+    path = epath.Path(model)
+    if is_checkpoint(path):
+        return read_config(path), read_manifest(path)["dtype"], "converted checkpoint"
+    if (path / "config.json").exists():
+        return ModelConfig.from_file(path / "config.json"), "bfloat16", "Hugging Face directory"
+    raise UserError(
+        f"--model={model}: no checkpoint or Hugging Face directory, nor a preset ({', '.join(models.presets())})"
+    )
+
+
+def _active(config: ModelConfig, specs: dict) -> int:
+    """Count the parameters that one token's forward pass reads, head included."""
+    count = sum(math.prod(spec.shape) for name, spec in specs.items() if not name.startswith("mtp."))
+    routed = sum(math.prod(spec.shape) for name, spec in specs.items() if ".experts." in name)
+    untied = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return count - routed - untied + (routed * config.moe_k // config.moe_num_experts if routed else 0)
+
+
+INFO = Command(
+    "info",
+    "Show a model's configuration, its parameters by group with their bytes, and what it fits on.",
+    ("main.py info --model=ernie-4.5-21b-a3b", "main.py info --model=checkpoints/21b --dtype=float32"),
+    _define,
+    _info,
+)

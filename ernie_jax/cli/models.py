@@ -1,0 +1,166 @@
+"""What --model means on the command line, and the flags that come with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import sys
+
+from absl import flags
+from etils import epath
+
+from ernie_jax.config import ModelConfig
+from ernie_jax.errors import UserError
+
+_PACKAGE = pathlib.Path(__file__).parent.parent
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SAMPLING = {
+    "temperature": (flags.DEFINE_float, "divides the logits; 0 is greedy"),
+    "top_p": (flags.DEFINE_float, "keep the smallest set of likeliest tokens with this mass"),
+    "top_k": (flags.DEFINE_integer, "keep this many likeliest tokens; 0 is off"),
+    "min_p": (flags.DEFINE_float, "drop tokens less likely than this fraction of the likeliest"),
+    "repetition_penalty": (flags.DEFINE_float, "divides the logits of tokens that occurred; 1 is off"),
+    "frequency_penalty": (flags.DEFINE_float, "subtracted once per occurrence in the output"),
+    "presence_penalty": (flags.DEFINE_float, "subtracted if the token occurs in the output"),
+    "max_new_tokens": (flags.DEFINE_integer, "most tokens to generate for a prompt (256)"),
+    "seed": (flags.DEFINE_integer, "makes sampling repeatable; also draws --random_weights"),
+}
+
+
+def data_directory(name: str, in_checkout: str) -> pathlib.Path:
+    """Return a folder of data: inside the package when installed from a wheel, else in the checkout."""
+    packaged = _PACKAGE / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / in_checkout
+
+
+def presets() -> dict[str, pathlib.Path]:
+    """Map preset names to the config files in configs/."""
+    return {path.stem: path for path in sorted(data_directory("configs", "configs").glob("ernie-4.5-*.json"))}
+
+
+def embedded_model() -> pathlib.Path:
+    """Return the directory of the small model that comes with the project, in Hugging Face format."""
+    return data_directory("embedded", "models/ernie-embedded")
+
+
+def cache_directory() -> pathlib.Path:
+    """Return where converted models and compiled programs are kept: $ERNIE_JAX_CACHE or ~/.cache/ernie_jax."""
+    return pathlib.Path(os.environ.get("ERNIE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "ernie_jax")
+
+
+def define_model_flags(values: flags.FlagValues) -> None:
+    """Define the flags that choose a model and size its engine."""
+    flags.DEFINE_string(
+        "model",
+        None,
+        "a checkpoint directory, a Hugging Face directory or hub id (converted once into a cache folder), or a preset "
+        f"({', '.join(presets())}) with --random_weights",
+        flag_values=values,
+    )
+    flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
+    flags.DEFINE_bool("random_weights", False, "draw weights instead of loading them", flag_values=values)
+    flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
+    flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
+    flags.DEFINE_integer("max_sequences", 64, "sequences decoded at the same time", flag_values=values)
+    flags.DEFINE_integer("prefill_chunk", 512, "most prompt tokens in a step", flag_values=values)
+    flags.DEFINE_string(
+        "ops", None, "an op's backend, as experts=dense (or gather, sorted); default: by shape", flag_values=values
+    )
+
+
+def define_sampling_flags(values: flags.FlagValues) -> None:
+    """Define the sampling flags; those not given take the checkpoint's recommendation."""
+    for name, (define, text) in _SAMPLING.items():
+        define(name, None, text, flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "a string that ends the text; may be repeated", flag_values=values)
+    flags.DEFINE_bool("ignore_eos", False, "go on after the end-of-sequence token", flag_values=values)
+
+
+def sampling_fields(values: flags.FlagValues) -> dict:
+    """Return the SamplingParams fields that the flags set."""
+    fields = {name: values[name].value for name in _SAMPLING if values[name].value is not None}
+    return fields | {"stop": tuple(values.stop), "ignore_eos": values.ignore_eos}
+
+
+def load(values: flags.FlagValues, **options):
+    """Load the model that the flags name and print where it runs; returns an LLM.
+
+    Raises:
+      UserError: if --model is nothing that can be loaded.
+    """
+    from ernie_jax.llm import LLM  # imports JAX
+
+    use_compilation_cache()
+    options = {n: values[n].value for n in ("cache_tokens", "max_sequences", "prefill_chunk")} | options
+    options["expert_backend"] = _expert_backend(values.ops)
+    if values.model in presets():
+        if not values.random_weights:
+            raise UserError(
+                f"--model={values.model} is a preset without weights: add --random_weights, or name a checkpoint"
+            )
+        config = ModelConfig.from_file(presets()[values.model])
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)  # not used in generation: save the memory
+        llm = LLM.random(config, values.dtype or "bfloat16", values.seed or 0, **options)
+    elif values.random_weights:
+        raise UserError(f"--random_weights goes with a preset ({', '.join(presets())}), not --model={values.model}")
+    else:
+        llm = LLM.load(checkpoint_directory(values.model, values.revision), values.dtype, progress=True, **options)
+    print(llm.describe(), file=sys.stderr)
+    return llm
+
+
+def checkpoint_directory(model: str | None, revision: str | None = None) -> str:
+    """Return the converted checkpoint that --model means, converting a Hugging Face source once into the cache.
+
+    Raises:
+      UserError: if it is no checkpoint, Hugging Face directory or hub id.
+    """
+    from ernie_jax.checkpoint import is_checkpoint, read_manifest
+
+    if not model:
+        raise UserError("give --model: a checkpoint directory, a Hugging Face directory or hub id, or a preset")
+    path = epath.Path(model)
+    if path.exists():
+        if is_checkpoint(path) or not (path / "config.json").exists() or (path / "params").exists():
+            read_manifest(path)  # raises unless it is a finished checkpoint
+            return model
+        identity = str(path.resolve())
+    elif _HUB_ID.fullmatch(model) and not model.startswith("."):
+        identity = model + (f"@{revision}" if revision else "")
+    else:
+        raise UserError(
+            f"--model={model}: no such directory, and neither a preset ({', '.join(presets())}) nor a hub id like "
+            "baidu/ERNIE-4.5-21B-A3B-PT"
+        )
+    name = f"{path.name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+    target = cache_directory() / "checkpoints" / name
+    if not is_checkpoint(target):
+        from convert import convert
+
+        print(f"converting {model} once into {target}", file=sys.stderr)
+        convert(model, str(target), revision=revision)
+    return str(target)
+
+
+def _expert_backend(ops: str | None) -> str | None:
+    if ops is None:
+        return None
+    op, _, backend = ops.partition("=")
+    if op != "experts":
+        raise UserError(f"--ops={ops}: write experts=BACKEND; the other ops have one backend (xla)")
+    return backend
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that the second start is quick."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        folder = cache_directory() / "compiled"
+        with contextlib.suppress(OSError):  # a read-only home only costs the cache
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))

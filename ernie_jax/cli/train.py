@@ -1,0 +1,32 @@
+"""train."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from ernie_jax.cli.command import Command, require
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("config", None, "the recipe, a TOML file of configs/", flag_values=values)
+    flags.DEFINE_multi_string("set", [], "name=value: override a recipe field; may be repeated", flag_values=values)
+
+
+def _train(values: flags.FlagValues) -> None:
+    require(values, "config")
+    from ernie_jax.train import train
+
+    for source, perplexity in train(values.config, values["set"].value).items():
+        print(f"held-out perplexity of {source}: {perplexity:.3f}")
+
+
+TRAIN = Command(
+    "train",
+    "Train a model by a recipe. Saves as it goes; the same command resumes an interrupted run exactly where it saved.",
+    (
+        "main.py train --config=configs/train_embedded.toml",
+        "main.py train --config=configs/train_embedded.toml --set=steps=100 --set=output=out/short",
+    ),
+    _define,
+    _train,
+)
