@@ -365,9 +365,7 @@ def test_features_are_those_in_use():
 def test_logprobs_are_those_of_the_raw_distribution(rng, dtype):
     rows, vocab = 8, 1700
     logits = jnp.asarray(rng.normal(0, 3, (rows, vocab)), dtype)
-    p = SamplingParams(
-        temperature=0, repetition_penalty=1.5, logit_bias={3: 100}, logprobs=True, top_logprobs=8
-    )
+    p = SamplingParams(temperature=0, repetition_penalty=1.5, logit_bias={3: 100}, logprobs=True, top_logprobs=8)
     params = [p, dataclasses.replace(p, logit_bias={})] * (rows // 2)
     got = run(logits, params, prompts=[[1, 2, 3]] * rows, valid=1650)
     raw = np.array(logits.astype(jnp.float32), np.float64)
