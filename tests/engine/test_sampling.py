@@ -358,6 +358,13 @@ def test_features_are_those_in_use():
     assert Features.of([biased, penalised]) == dataclasses.replace(EVERYTHING, top_p=False)
 
 
+def test_features_cover_what_has_every_stage_at_least_as_wide():
+    assert EVERYTHING.covers(EVERYTHING) and EVERYTHING.covers(Features()) and not Features().covers(EVERYTHING)
+    for field in dataclasses.fields(Features):
+        less = dataclasses.replace(EVERYTHING, **{field.name: getattr(EVERYTHING, field.name) // 2})
+        assert EVERYTHING.covers(less) and not less.covers(EVERYTHING)
+
+
 # Log-probabilities --------------------------------------------------------------------------------------------------
 
 
