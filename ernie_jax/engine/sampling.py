@@ -221,10 +221,6 @@ class Features:
         """Tell whether a state and a program built with these features also serve `needed`."""
         return all(getattr(self, f.name) >= getattr(needed, f.name) for f in dataclasses.fields(self))
 
-    def covers(self, other: Features) -> bool:
-        """Tell whether rows built for `other` need nothing that is not here."""
-        return all(getattr(self, field.name) >= getattr(other, field.name) for field in dataclasses.fields(self))
-
 
 def _power_of_two(count: int) -> int:
     """Round up to a power of two; 0 stays 0."""
