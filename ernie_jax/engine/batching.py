@@ -27,13 +27,13 @@ def bucket(count: int, most: int, factor: int = 4, least: int = 1) -> int:
     return min(size, most)
 
 
-def build_batch(runs: Sequence[Run], *, tokens: int, rows: int, page_size: int, max_pages: int, num_pages: int):
+def build_batch(runs: Sequence[Run], *, tokens: int, rows: int, page_size: int, max_pages: int, scratch_page: int):
     """Pack runs into a RaggedBatch of NumPy arrays.
 
     Args:
       tokens, rows: the static T and B; at least what the runs need.
       max_pages: pages of the longest sequence allowed; the table's width is a bucket below it.
-      num_pages: P; entry of unused places in the page table.
+      scratch_page: entry of unused places in the page table.
     """
     lengths = [len(run.tokens) for run in runs]
     batch_tokens, positions = np.zeros((2, tokens), np.int32)
@@ -43,7 +43,7 @@ def build_batch(runs: Sequence[Run], *, tokens: int, rows: int, page_size: int, 
     kv_lengths = np.zeros(rows, np.int32)
     needed = [-(-(run.start + len(run.tokens)) // page_size) for run in runs]
     least = max(1, 512 // page_size)
-    table = np.full((rows, bucket(max(needed), max_pages, least=least)), num_pages, np.int32)
+    table = np.full((rows, bucket(max(needed), max_pages, least=least)), scratch_page, np.int32)
     for row, (run, length, count) in enumerate(zip(runs, lengths, needed, strict=True)):
         here = slice(starts[row], starts[row] + length)
         batch_tokens[here] = run.tokens

@@ -125,10 +125,10 @@ class Engine:
         self.stop_ids = stop_ids
         most = options.max_sequences * self.config.max_position_embeddings
         tokens = options.cache_tokens or cache.default_cache_tokens(self.config, self.dtype, mesh.devices.flat[0], most)
-        self.num_pages = -(-tokens // options.page_size)
+        self.num_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
         self._max_pages = -(-self.config.max_position_embeddings // options.page_size)
         self._pages = cache.make_pages(self.config, self.dtype, self.num_pages, options.page_size, mesh)
-        self._allocator = cache.PageAllocator(self.num_pages)
+        self._allocator = cache.PageAllocator(self.num_pages - 1)
         self._step = DeviceStep(model, mesh, options.expert_backend)
         self._last_tokens = jnp.zeros(options.max_sequences, jnp.int32)
         self._features = Features()
@@ -141,7 +141,7 @@ class Engine:
 
     @property
     def cache_tokens(self) -> int:
-        return self.num_pages * self.options.page_size
+        return (self.num_pages - 1) * self.options.page_size
 
     @property
     def has_work(self) -> bool:
@@ -211,7 +211,7 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Check a request without queueing it; raises as `submit`."""
         self.check_tokens(prompt)
-        params.check_vocabulary(self.config.vocab_size)
+        params.check_vocabulary(self.valid_vocab)
         context = self.config.max_position_embeddings
         if len(prompt) >= context:
             raise UserError(
@@ -331,7 +331,7 @@ class Engine:
             rows=rows,
             page_size=self.options.page_size,
             max_pages=self._max_pages,
-            num_pages=self.num_pages,
+            scratch_page=self.num_pages - 1,
         )
 
     def _collect(self) -> list[TokenEvent]:

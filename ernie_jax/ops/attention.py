@@ -32,7 +32,8 @@ class RaggedBatch:
       rows: [T] int32 which sequence.
       starts: [B + 1] int32 first token of each sequence.
       kv_lengths: [B] int32 cached tokens including those of this step.
-      page_table: [B, M] int32 pages of each sequence in order; P (one past the last page) where there is none.
+      page_table: [B, M] int32 pages of each sequence in order; the last page, P - 1, where there is none: it belongs to
+        no sequence, and padding tokens write there.
       max_query: static; no sequence brings more new tokens than this.
     """
 
@@ -55,7 +56,7 @@ def paged_attention(
     """Write the new keys and values into their pages, then attend causally over each sequence's pages.
 
     Pages hold k and v interleaved by head: k0, v0, k1, v1, ... The softmax is float32. Rows of padding tokens come back
-    undefined but finite, and write nothing.
+    undefined but finite, and write to the last page, which belongs to no sequence.
 
     Returns:
       out [T, K, R, H] in the dtype of `q`, and the updated pages.
@@ -64,10 +65,12 @@ def paged_attention(
     tokens, kv_heads, group, head_dim = q.shape
     sequences = batch.kv_lengths.shape[0]
 
-    table = jnp.pad(batch.page_table, ((0, 1), (0, 0)), constant_values=pages.shape[0])  # row of padding tokens
+    table = jnp.pad(batch.page_table, ((0, 1), (0, 0)), constant_values=len(pages) - 1)  # row of padding tokens
     page = table[batch.rows, batch.positions // page_size]
     new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim).astype(pages.dtype)
-    pages = pages.at[page, batch.positions % page_size].set(new, mode="drop")
+    pages = pages.at[page, batch.positions % page_size].set(new, mode="promise_in_bounds")
+    # Without the barrier XLA may fuse the write into the reads below as well, and then copies the whole cache first.
+    pages = jax.lax.optimization_barrier(pages)
 
     # Pad the ragged queries to [B, Q]: the reference trades arithmetic for a simple layout.
     offsets = jnp.arange(batch.max_query)
@@ -85,7 +88,7 @@ def _attend_pages(q, pages, table, positions, lengths):
     block_pages = min(table.shape[1], max(1, _BLOCK // page_size))
     blocks = -(-table.shape[1] // block_pages)
     table = jnp.pad(table, ((0, 0), (0, blocks * block_pages - table.shape[1])))
-    table = jnp.minimum(table, pages.shape[0] - 1).reshape(sequences, blocks, block_pages)
+    table = table.reshape(sequences, blocks, block_pages)
     limit = jnp.minimum(positions, lengths[:, None] - 1)  # [B, Q] last position that a query sees
 
     def step(carry, block):

@@ -1,0 +1,55 @@
+"""Every test runs on 8 virtual CPU devices, unless JAX_PLATFORMS names another platform (tests/gpu/run.sh)."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ernie_jax.config import ModelConfig
+from ernie_jax.model import Ernie, initialize
+from ernie_jax.sharding import make_mesh
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Fresh numbers every run; the seed is printed when a test fails."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    return ModelConfig(
+        "ernie4_5_moe",
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        moe_num_experts=8,
+        moe_k=2,
+        moe_intermediate_size=32,
+        moe_num_shared_experts=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config) -> Ernie:
+    """A float32 model with random weights large enough that greedy choices are far apart."""
+    model = Ernie(tiny_config, jnp.float32)
+    initialize(model, make_mesh(), seed=3, scale=0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
