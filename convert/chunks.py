@@ -1,0 +1,161 @@
+"""Chunks: the files in which a parameter is stored, and how each is filled from source tensors.
+
+A parameter is cut along its leading axes only, so that a chunk is a run of consecutive elements, and a conversion of
+any size holds a few chunks in memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from convert.shards import StoredTensor, TensorReader
+from convert.table import Placement
+
+CHUNK_BYTES = 32 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Consecutive elements of a parameter, from `start`, that come from consecutive ones of a tensor."""
+
+    start: int
+    count: int
+    tensor: StoredTensor
+    source_start: int
+    transposed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One stored parameter: its shape and that of its chunks, and where its elements come from, in order."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk_shape: tuple[int, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def chunks(self) -> Iterator[Chunk]:
+        """List the chunks in the order of their elements."""
+        size = math.prod(self.chunk_shape)
+        counts = [-(-length // step) for length, step in zip(self.shape, self.chunk_shape, strict=True)]
+        for position in itertools.product(*map(range, counts)):
+            first = [i * step for i, step in zip(position, self.chunk_shape, strict=True)]
+            # At most one axis is cut into more than single indices, so only its last chunk can be short.
+            kept = [min(c, n - f) for c, n, f in zip(self.chunk_shape, self.shape, first, strict=True)]
+            start = int(np.ravel_multi_index(first, self.shape))
+            yield Chunk(self, ".".join(map(str, position)), start, math.prod(kept), size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """One file of a parameter: `count` elements from `start`, padded with zeros to `size`; `key` is its zarr name."""
+
+    parameter: Parameter
+    key: str
+    start: int
+    count: int
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.parameter.dtype.itemsize
+
+    def pieces(self) -> Iterator[tuple[Run, int, int]]:
+        """Yield each run that the chunk overlaps, with the first and last element of the overlap in the parameter."""
+        runs = self.parameter.runs
+        first = bisect.bisect_right(runs, self.start, key=lambda run: run.start) - 1
+        for run in itertools.islice(runs, first, None):
+            if run.start >= self.start + self.count:
+                return
+            yield run, max(run.start, self.start), min(run.start + run.count, self.start + self.count)
+
+    def sources(self) -> set[str]:
+        """Name the files that the chunk needs."""
+        return {run.tensor.file for run, _, _ in self.pieces()}
+
+    def fill(self, reader: TensorReader, buffer: np.ndarray) -> np.ndarray:
+        """Read the chunk's contents into the front of a byte buffer.
+
+        Args:
+          buffer: [at least nbytes] uint8.
+
+        Returns:
+          The bytes of the chunk, [nbytes] uint8: a part of the buffer.
+        """
+        contents = buffer[: self.nbytes]
+        elements = contents.view(self.parameter.dtype)
+        for run, first, last in self.pieces():
+            out = elements[first - self.start : last - self.start]
+            reader.read(run.tensor, run.source_start + first - run.start, out, run.transposed)
+        elements[self.count :] = 0
+        return contents
+
+
+def plan_parameters(
+    placements: Iterable[Placement], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype]
+) -> list[Parameter]:
+    """Lay out every parameter: its chunks and the runs that fill it.
+
+    Args:
+      shapes, dtypes: of every parameter, by path.
+    """
+    runs: dict[str, list[Run]] = {path: [] for path in shapes}
+    for placement in placements:
+        source_start = 0
+        for block in placement.blocks:
+            for start, count in _block_runs(shapes[placement.parameter], block):
+                run = Run(start, count, placement.tensor, source_start, placement.transposed)
+                runs[placement.parameter].append(run)
+                source_start += count
+    parameters = []
+    for path, shape in shapes.items():
+        ordered = sorted(runs[path], key=lambda run: run.start)
+        ends = itertools.accumulate((run.count for run in ordered), initial=0)
+        assert [run.start for run in ordered] + [math.prod(shape)] == list(ends), f"{path} is not covered once"
+        chunk = _chunk_shape(shape, dtypes[path].itemsize, single_experts=".experts." in path)
+        parameters.append(Parameter(path, shape, dtypes[path], chunk, tuple(ordered)))
+    return parameters
+
+
+def _block_runs(shape: tuple[int, ...], block: tuple) -> list[tuple[int, int]]:
+    """List (start, count) of the runs of consecutive elements in a block, in its own order."""
+    starts, count = [0], math.prod(shape)
+    for axis, entry in enumerate(block):
+        stride = math.prod(shape[axis + 1 :])
+        if isinstance(entry, int):
+            starts, count = [start + entry * stride for start in starts], stride
+        elif axis == len(block) - 1:
+            starts, count = [start + entry.start * stride for start in starts], (entry.stop - entry.start) * stride
+        else:
+            starts = [start + i * stride for start in starts for i in range(entry.start, entry.stop)]
+            count = stride
+    return [(start, count) for start in starts]
+
+
+def _chunk_shape(shape: tuple[int, ...], itemsize: int, single_experts: bool) -> tuple[int, ...]:
+    """Cut leading axes until a chunk has at most CHUNK_BYTES, each into a power of two so that cuts meet shards.
+
+    Args:
+      single_experts: whether each index of the first axis is cut off alone, however small.
+    """
+    chunk = list(shape)
+    for axis, length in enumerate(shape):
+        stride = math.prod(shape[axis + 1 :]) * itemsize
+        parts = length if single_experts and axis == 0 else 1
+        while parts < length and -(-length // parts) * stride > CHUNK_BYTES:
+            parts *= 2
+        chunk[axis] = -(-length // parts)
+        if chunk[axis] * stride <= CHUNK_BYTES:
+            break
+    return tuple(chunk)

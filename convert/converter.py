@@ -1,0 +1,196 @@
+"""convert: a foreign checkpoint becomes ours, streaming through a few chunks of memory."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import pathlib
+import queue
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.chunks import CHUNK_BYTES, Chunk, plan_parameters
+from convert.resources import check_free, explain_full_disk, say, thread_count
+from convert.shards import TensorReader
+from convert.source import ForeignModel, Source, is_local, read_model, storage_path
+from convert.table import parameter_dtypes, place
+from convert.target import JOURNAL, Target, chunk_name
+from ernie_jax.checkpoint import parse_dtype
+from ernie_jax.model import parameter_specs
+
+# What is journaled at once. While one group is brought to the disk the next is written: a conversion that is killed
+# writes at most these two again.
+GROUP_BYTES = 256 << 20
+_GROUP_FILES = 256  # all open until they are on the disk
+_SPARE_DISK_BYTES = 64 << 20  # metadata, small files
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    host_memory_gb: float = 4.0,
+    overwrite: bool = False,
+    keep_download: bool = False,
+) -> None:
+    """Convert a Hugging Face (or Paddle) checkpoint to a self-contained ernie_jax checkpoint.
+
+    An unfinished target of the same source and options goes on where it was.
+
+    Args:
+      source: a directory, local or gs://, or a hub id.
+      target: the directory to write, local or gs://.
+      revision: branch, tag or commit of a hub id.
+      dtype: "bfloat16", "float32" or "float16" for everything but the router; default: each tensor's own.
+      host_memory_gb: how much anonymous memory to use at most.
+      overwrite: replace a checkpoint that is at the target, finished or not.
+      keep_download: leave the shards of a hub id in Hugging Face's cache; by default each is deleted once written.
+
+    Raises:
+      UserError: on a source that is no intact ERNIE 4.5 text model, a target that may not be written, a full disk.
+    """
+    requested = parse_dtype(dtype) if dtype is not None else None
+    threads = thread_count(host_memory_gb)
+    origin = Source(source, revision, keep_download)
+    model = read_model(origin)
+    placements, ignored = place(model.config, model.tensors, source, model.hint)
+    shapes = {path: spec.shape for path, spec in parameter_specs(model.config).items()}
+    parameters = plan_parameters(placements, shapes, parameter_dtypes(model.config, placements, requested))
+    _say_what_is_odd(model, ignored)
+
+    plan = {"source": source, "revision": origin.revision, "dtype": dtype, "chunk_bytes": CHUNK_BYTES}
+    out = Target(storage_path(target), plan | model.fingerprint, overwrite)
+    remaining = [chunk for parameter in parameters for chunk in parameter.chunks()]
+    total = sum(chunk.nbytes for chunk in remaining)
+    remaining = [chunk for chunk in remaining if chunk_name(chunk) not in out.checksums]
+    # By the last shard that each needs, so that a shard can be released before the next but one is fetched.
+    rank = {file: position for position, file in enumerate(model.headers)}
+    remaining.sort(key=lambda chunk: max(rank[file] for file in chunk.sources()))
+    with out, _staging(out) as staging, explain_full_disk(out.path, "it goes on where it was"):
+        todo = sum(chunk.nbytes for chunk in remaining)
+        _check_disk(out, todo, model, staging)
+        if out.is_resumed:
+            say(f"{target}: resuming at {(total - todo) / 1e9:.2f} of {total / 1e9:.2f} GB")
+        out.begin()
+        for parameter in parameters:
+            out.add_parameter(parameter)
+        with tqdm(total=total, initial=total - todo, unit="B", unit_scale=True, desc="convert") as bar:
+            _write_chunks(remaining, out, origin, staging, threads, bar)
+        out.finish(parameters, model.small_files, _facts(model, requested, ignored, parameters))
+
+
+def _write_chunks(
+    chunks: list[Chunk], target: Target, source: Source, staging: pathlib.Path, threads: int, bar: tqdm
+) -> None:
+    """Write chunks group by group, journaling each while the next is being written."""
+    buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+    for _ in range(threads if chunks else 0):
+        buffers.put(np.empty(max(chunk.nbytes for chunk in chunks), np.uint8))
+    uses = collections.Counter(file for chunk in chunks for file in chunk.sources())
+
+    with TensorReader() as reader, ThreadPoolExecutor(threads) as pool:
+
+        def write(chunk: Chunk):
+            buffer = buffers.get()
+            try:
+                return target.write(chunk, chunk.fill(reader, buffer))
+            finally:
+                buffers.put(buffer)
+
+        def commit(group: list[Chunk], written: list[Future]) -> None:
+            target.commit([future.result() for future in written])
+            bar.update(sum(chunk.nbytes for chunk in group))
+            for file in (file for chunk in group for file in chunk.sources()):
+                uses[file] -= 1
+                if uses[file] == 0:
+                    reader.close(file)
+                    source.release(file, staging)
+
+        opened: set[str] = set()
+        pending: collections.deque = collections.deque()
+        try:
+            for group in _groups(chunks):
+                for file in sorted(set().union(*(chunk.sources() for chunk in group)) - opened):
+                    reader.open(file, source.fetch(file, staging))
+                    opened.add(file)
+                pending.append((group, [pool.submit(write, chunk) for chunk in group]))
+                if len(pending) == 2:
+                    commit(*pending.popleft())
+            while pending:
+                commit(*pending.popleft())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _groups(chunks: list[Chunk]) -> Iterator[list[Chunk]]:
+    group, size = [], 0
+    for chunk in chunks:
+        group.append(chunk)
+        size += chunk.nbytes
+        if size >= GROUP_BYTES or len(group) == _GROUP_FILES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+@contextlib.contextmanager
+def _staging(target: Target) -> Iterator[pathlib.Path]:
+    """Provide the folder into which a remote source's shards are fetched: in the target if that is local."""
+    if is_local(target.path):
+        yield pathlib.Path(target.path) / JOURNAL / "download"
+    else:
+        with tempfile.TemporaryDirectory(prefix="ernie_jax-") as folder:
+            yield pathlib.Path(folder)
+
+
+def _check_disk(target: Target, todo: int, model: ForeignModel, staging: pathlib.Path) -> None:
+    """Check that what is still to be written fits, with the two shards that may lie fetched."""
+    sizes = sorted(shard["bytes"] for shard in model.fingerprint["shards"].values())
+    fetched = sum(sizes[-2:]) if model.source.is_remote else 0
+    if is_local(target.path):
+        check_free(target.path, todo + fetched + _SPARE_DISK_BYTES - _bytes_to_replace(target), "the checkpoint")
+    else:
+        check_free(staging, fetched, "fetching two shards")
+
+
+def _bytes_to_replace(target: Target) -> int:
+    """Count the bytes that `Target.begin` will free: all that is there, unless it is resumed."""
+    if target.is_resumed or not target.path.exists():
+        return 0
+    return sum(os.path.getsize(os.path.join(folder, f)) for folder, _, files in os.walk(target.path) for f in files)
+
+
+def _say_what_is_odd(model: ForeignModel, ignored: list[str]) -> None:
+    for name in ignored:
+        say(f"{model.source.name}: ignoring {name}: the head is tied to the embedding")
+    found, configured = model.config.num_nextn_predict_layers, model.configured_mtp_layers
+    if found != configured:
+        says = f"config.json says num_nextn_predict_layers = {configured}"
+        say(f"{model.source.name}: {says}, the checkpoint has tensors of {found}; going by the tensors")
+
+
+def _facts(model: ForeignModel, requested: np.dtype | None, ignored: list[str], parameters: list) -> dict:
+    """Make the part of the manifest that says where the parameters come from, enough to export them as they were."""
+    (embed,) = (parameter for parameter in parameters if parameter.path == "embed.weight")
+    return {
+        "source": model.source.name,
+        "revision": model.source.revision,
+        "dtype": embed.dtype.name,
+        "requested_dtype": requested and requested.name,
+        "num_nextn_predict_layers": model.config.num_nextn_predict_layers,
+        "shards": {file: header.metadata for file, header in model.headers.items()},
+        "tensors": {
+            name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file}
+            for name, tensor in model.tensors.items()
+        },
+        "ignored": ignored,
+    }

@@ -1,0 +1,122 @@
+"""verify: compare a checkpoint of ours with the one it was converted from, tensor by tensor."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+from tqdm import tqdm
+
+from convert.arrays import Slab, in_order, open_parameters, slabs
+from convert.resources import MAX_THREADS
+from convert.shards import TensorReader
+from convert.source import ForeignModel, Source, read_model, storage_path
+from convert.table import Placement, parameter_dtypes, place
+from convert.target import checksum
+from ernie_jax.checkpoint import parse_dtype, read_manifest
+from ernie_jax.errors import UserError
+from ernie_jax.model import parameter_specs
+
+
+def verify(source: str, target: str, *, revision: str | None = None) -> list[str]:
+    """Compare every tensor, checksum and small file of a checkpoint with its source.
+
+    Reads both as independently of the conversion as the table of names allows, in slabs.
+
+    Args:
+      source: a Hugging Face (or Paddle) checkpoint, a directory or hub id.
+      target: the checkpoint that was converted from it.
+      revision: branch, tag or commit of a hub id.
+
+    Returns:
+      A sentence for each difference, by tensor or file name; empty if there is none.
+
+    Raises:
+      UserError: if either is no intact checkpoint of its kind.
+    """
+    model = read_model(Source(source, revision))
+    placements, _ = place(model.config, model.tensors, source, model.hint)
+    directory = storage_path(target)
+    manifest = read_manifest(directory)
+    requested = manifest.get("requested_dtype")
+    dtypes = parameter_dtypes(model.config, placements, parse_dtype(requested) if requested else None)
+
+    with ThreadPoolExecutor(MAX_THREADS) as pool:
+        differences = [*_compare_small_files(model, directory), *_compare_checksums(manifest, directory, pool)]
+        arrays = open_parameters(directory, manifest["parameters"])
+        found = {path: f"{array.dtype.name} {list(array.shape)}" for path, array in arrays.items()}
+        specs = parameter_specs(model.config)
+        expected = {path: f"{dtypes[path].name} {list(spec.shape)}" for path, spec in specs.items()}
+        for path in sorted(found.keys() | expected.keys()):
+            if found.get(path) != expected.get(path):
+                differences.append(f"{path}: {found.get(path, 'missing')}, expected {expected.get(path, 'nothing')}")
+        alike = [one for one in placements if found.get(one.parameter) == expected[one.parameter]]
+        differences += _compare_tensors(model, alike, arrays, pool)
+    return differences
+
+
+def _compare_small_files(model: ForeignModel, directory: epath.Path) -> Iterator[str]:
+    for name, content in model.small_files.items():
+        copy = directory / name
+        if not copy.exists():
+            yield f"{name}: missing"
+        elif copy.read_bytes() != content:
+            yield f"{name}: differs"
+
+
+def _compare_checksums(manifest: dict, directory: epath.Path, pool: ThreadPoolExecutor) -> Iterator[str]:
+    def compare(name: str, expected: str) -> str | None:
+        try:
+            return None if checksum((directory / name).read_bytes()) == expected else f"{name}: checksum differs"
+        except FileNotFoundError:
+            return f"{name}: missing"
+
+    jobs = (functools.partial(compare, name, crc) for name, crc in manifest.get("checksums", {}).items())
+    yield from filter(None, in_order(pool, jobs, MAX_THREADS))
+
+
+def _compare_tensors(
+    model: ForeignModel, placements: list[Placement], arrays: dict[str, ts.TensorStore], pool: ThreadPoolExecutor
+) -> Iterator[str]:
+    total = sum(placement.tensor.nbytes for placement in placements)
+    with (
+        tempfile.TemporaryDirectory(prefix="ernie_jax-") as folder,
+        tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar,
+        TensorReader() as reader,
+    ):
+        staging = pathlib.Path(folder)
+
+        def compare(placement: Placement, slab: Slab) -> int:
+            stored = slab.read()
+            expected = np.empty(slab.size, stored.dtype)
+            reader.read(placement.tensor, slab.start, expected, placement.transposed)
+            bits = np.dtype(f"u{stored.dtype.itemsize}")
+            return int(np.count_nonzero(expected.view(bits) != stored.view(bits)))
+
+        for file in model.headers:
+            mine = [placement for placement in placements if placement.tensor.file == file]
+            if not mine:
+                continue
+            reader.open(file, model.source.fetch(file, staging))
+            for placement in mine:
+                parts = slabs(placement, arrays[placement.parameter])
+                jobs = (functools.partial(compare, placement, slab) for slab in parts)
+                try:
+                    count = sum(in_order(pool, jobs, MAX_THREADS))
+                except ValueError as error:
+                    if isinstance(error, UserError):
+                        raise
+                    yield f"{placement.tensor.name}: {placement.parameter} cannot be read"
+                else:
+                    if count:
+                        size = np.prod(placement.tensor.shape)
+                        yield f"{placement.tensor.name}: {count} of {size} values differ in {placement.parameter}"
+                bar.update(placement.tensor.nbytes)
+            reader.close(file)
+            model.source.release(file, staging)
