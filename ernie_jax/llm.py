@@ -237,7 +237,7 @@ class LLM:
         devices = self.mesh.devices.ravel()
         mesh = ",".join(f"{name}:{size}" for name, size in self.mesh.shape.items())
         options, engine = self.engine.options, self.engine
-        experts = options.expert_backend or "auto (gather, dense or sorted, by tokens)"
+        experts = options.expert_backend or "by tokens (gather, dense or blocks)"
         return (
             f"{len(devices)} x {devices[0].device_kind} · mesh {mesh} · {jnp.dtype(engine.dtype).name} · "
             f"attention: xla · experts: {experts if self.config.is_moe else 'none'} · "

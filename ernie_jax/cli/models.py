@@ -66,9 +66,9 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
     flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
     flags.DEFINE_integer("max_sequences", 64, "sequences decoded at the same time", flag_values=values)
-    flags.DEFINE_integer("prefill_chunk", 512, "most prompt tokens in a step", flag_values=values)
+    flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (CPU 512, else 2048)", flag_values=values)
     flags.DEFINE_string(
-        "ops", None, "an op's backend, as experts=dense (or gather, sorted); default: by shape", flag_values=values
+        "ops", None, "an op's backend, as experts=dense (or gather, blocks); default: by shape", flag_values=values
     )
 
 

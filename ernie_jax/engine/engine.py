@@ -39,14 +39,14 @@ class EngineOptions:
     Attributes:
       cache_tokens: tokens that the KV cache holds over all sequences; None takes what fits in the device's memory.
       max_sequences: sequences decoded at the same time.
-      prefill_chunk: most prompt tokens of a step.
+      prefill_chunk: most prompt tokens of a step; None takes 512 on a CPU, else 2048.
       page_size: tokens of a cache page.
-      expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by platform and number of tokens.
+      expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by the number of tokens.
     """
 
     cache_tokens: int | None = None
     max_sequences: int = 64
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     page_size: int = cache.PAGE_SIZE
     expert_backend: str | None = None
 
@@ -119,7 +119,11 @@ class Engine:
           stop_ids: ids that end any sequence (unless it ignores them).
         """
         self.config = model.config
-        self.options = options = options or EngineOptions()
+        options = options or EngineOptions()
+        if options.prefill_chunk is None:
+            chunk = 512 if mesh.devices.flat[0].platform == "cpu" else 2048
+            options = dataclasses.replace(options, prefill_chunk=chunk)
+        self.options = options
         self.dtype = model.embed.weight.dtype
         self.valid_vocab = valid_vocab or self.config.vocab_size
         self.stop_ids = stop_ids

@@ -157,7 +157,7 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             routing = self.router(tokens)
         with jax.named_scope("experts"):
-            backend = backend or default_expert_backend(jax.default_backend(), len(tokens), self.router.k)
+            backend = backend or default_expert_backend(len(tokens), self.router.k)
             weights = self.experts.gate_up.weight[...], self.experts.down.weight[...]
             y = grouped_mlp(tokens, routing.experts, routing.weights, *weights, backend)
         if hasattr(self, "shared"):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.model.layers import Attend, DecoderLayer, Linear, RMSNorm, Routing, parameter, rotary_angles
-from ernie_jax.ops import einsum, packed_attention
+from ernie_jax.ops import einsum, embed
 from ernie_jax.sharding import shard_abstract
 
 
@@ -31,7 +31,7 @@ class Embedding(nnx.Module):
         self.weight = parameter((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [...] -> [..., D]
-        return self.weight[...][tokens]
+        return embed(self.weight[...], tokens)
 
 
 class Head(nnx.Module):
@@ -88,7 +88,7 @@ class Ernie(nnx.Module):
           attend: (q [..., K, R, H], k [..., K, H], v [..., K, H], cache) -> (out [..., K, R, H], cache); called once a
             layer with that layer's entry of `caches`.
           caches: one entry a layer; None without a cache.
-          expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by platform and number of tokens.
+          expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by the number of tokens.
         """
         caches = list(caches) if caches is not None else [None] * len(self.layers)
         with jax.named_scope("embed"):

@@ -1,6 +1,7 @@
 """Ops: one contract, one pure-XLA reference and named backends each."""
 
 from ernie_jax.ops.attention import RaggedBatch, packed_attention, paged_attention
+from ernie_jax.ops.embedding import embed
 from ernie_jax.ops.experts import EXPERT_BACKENDS, default_expert_backend, grouped_mlp
 from ernie_jax.ops.precision import einsum
 
@@ -9,6 +10,7 @@ __all__ = [
     "RaggedBatch",
     "default_expert_backend",
     "einsum",
+    "embed",
     "grouped_mlp",
     "packed_attention",
     "paged_attention",

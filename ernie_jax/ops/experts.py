@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.lax import RaggedDotDimensionNumbers
 
-from ernie_jax.ops.precision import einsum, precision_of
+from ernie_jax.ops.precision import einsum
 
-# [M, in] x [E, out, in] -> [M, out], rows of x grouped by expert.
-_BY_EXPERT = RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
+_BLOCK_ROWS = 128
 
 
 def grouped_mlp(
@@ -35,15 +31,14 @@ def grouped_mlp(
     return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down)
 
 
-def default_expert_backend(platform: str, tokens: int, k: int) -> str:
-    """Choose a backend by platform and shape.
+def default_expert_backend(tokens: int, k: int) -> str:
+    """Choose a backend by shape.
 
-    Few tokens read only the experts they chose; some tens to hundreds read every expert once; more are sorted. XLA's
-    ragged product is a dense expansion on a CPU, where sorting therefore gains nothing.
+    Few tokens read only the experts they chose; some tens to hundreds read every expert once; more are sorted.
     """
     if tokens * k <= 8:
         return "gather"
-    return "sorted" if platform == "gpu" and tokens > 256 else "dense"
+    return "dense" if tokens <= 256 else "blocks"
 
 
 def _swiglu(gate_up: jax.Array, axis: int) -> jax.Array:
@@ -72,23 +67,30 @@ def _gather(x, chosen, weights, gate_up, down):
     return jnp.stack(out).astype(x.dtype)
 
 
-def _sorted(x, chosen, weights, gate_up, down):
-    """Sort (token, expert) pairs by expert and multiply group by group."""
+def _blocks(x, chosen, weights, gate_up, down):
+    """Sort (token, expert) pairs by expert into blocks of one expert each, and multiply block by block.
+
+    The number of blocks is static: an expert leaves at most one of its blocks partly empty. (`jax.lax.ragged_dot` is a
+    dense expansion on CPUs, on most TPUs and, up to JAX 0.11 at least, on GPUs.)
+    """
     tokens, k = chosen.shape
-    experts, _, width, _ = gate_up.shape
-    order = jnp.argsort(chosen.reshape(-1))
-    sizes = jnp.bincount(chosen.reshape(-1), length=experts)
+    experts, pairs = gate_up.shape[0], tokens * k
+    expert = chosen.reshape(-1)  # of each pair
+    sizes = jnp.bincount(expert, length=experts)
+    blocks = (sizes + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    ends = jnp.cumsum(blocks)  # in blocks
+    order = jnp.argsort(expert)
+    rank = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs)) - (jnp.cumsum(sizes) - sizes)[expert]
+    place = (ends - blocks)[expert] * _BLOCK_ROWS + rank  # [T * k] row of each pair
 
-    def product(lhs, rhs, dtype):
-        return jax.lax.ragged_dot_general(
-            lhs, rhs, sizes, _BY_EXPERT, precision=precision_of(lhs, rhs), preferred_element_type=jnp.float32
-        ).astype(dtype)
-
-    rows = x[order // k]  # [T * k, D]
-    hidden = product(rows, gate_up.reshape(experts, 2 * width, -1), x.dtype)
-    hidden = _swiglu(hidden.reshape(-1, 2, width), axis=1)
-    out = product(hidden, down, jnp.float32)[jnp.argsort(order)].reshape(tokens, k, -1)
+    count = min(pairs, pairs // _BLOCK_ROWS + experts)
+    of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), experts - 1)
+    rows = jnp.zeros((count * _BLOCK_ROWS, x.shape[1]), x.dtype).at[place].set(jnp.repeat(x, k, axis=0))
+    rows = rows.reshape(count, _BLOCK_ROWS, -1)
+    hidden = _swiglu(einsum("nbd,nxfd->nbxf", rows, gate_up[of_block]), axis=2)
+    out = einsum("nbf,ndf->nbd", hidden, down[of_block], jnp.float32).reshape(count * _BLOCK_ROWS, -1)
+    out = out[place].reshape(tokens, k, -1)
     return jnp.einsum("tkd,tk->td", out, weights.astype(jnp.float32), precision="highest").astype(x.dtype)
 
 
-EXPERT_BACKENDS = {"dense": _dense, "gather": _gather, "sorted": _sorted}
+EXPERT_BACKENDS = {"dense": _dense, "gather": _gather, "blocks": _blocks}

@@ -29,9 +29,11 @@ def draw(rng, tokens, k, experts, width, model, dtype):
 
 # float32: about sqrt(width) roundings of 6e-8. bfloat16: exact inputs, hidden values rounded three times.
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1.5e-2)])
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 300])
 @pytest.mark.parametrize("backend", EXPERT_BACKENDS)
 def test_matches_float64(backend, tokens, dtype, bound, rng):
+    if backend == "gather" and tokens > 3:
+        pytest.skip("unrolled over tokens: made for a few")
     inputs = draw(rng, tokens, 3, 8, 24, 32, dtype)
     out = jax.jit(grouped_mlp, static_argnums=5)(*inputs, backend)
     assert out.dtype == dtype
@@ -48,7 +50,4 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts(backend, rng):
 
 
 def test_default_reads_only_chosen_experts_for_one_token():
-    assert default_expert_backend("gpu", 1, 6) == "gather"
-    assert default_expert_backend("gpu", 64, 6) == "dense"
-    assert default_expert_backend("gpu", 2048, 6) == "sorted"
-    assert default_expert_backend("cpu", 2048, 6) == "dense"
+    assert [default_expert_backend(tokens, 6) for tokens in (1, 2, 256, 257)] == ["gather", "dense", "dense", "blocks"]
