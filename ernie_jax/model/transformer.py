@@ -12,7 +12,7 @@ from flax import nnx
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.model.layers import Attend, DecoderLayer, Linear, RMSNorm, Routing, parameter, rotary_angles
-from ernie_jax.ops import einsum, embed
+from ernie_jax.ops import einsum, embed, packed_attention
 from ernie_jax.sharding import shard_abstract
 
 
