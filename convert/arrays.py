@@ -17,8 +17,8 @@ from convert.table import Placement
 from convert.target import STATE
 from ernie_jax.errors import UserError
 
+CACHE_BYTES = 128 << 20  # so that a chunk of gate and up is read once for the tensors of both
 _SLAB_BYTES = 32 << 20
-CACHE_BYTES = 128 << 20  # a chunk of gate and up serves the tensors of both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,52 +26,59 @@ class Slab:
     """Consecutive elements, from `start`, of a tensor in our orientation, and where they are stored."""
 
     start: int
-    size: int
     view: ts.TensorStore
+    where: str
+
+    @property
+    def size(self) -> int:
+        return self.view.size
 
     def read(self) -> np.ndarray:
-        """Return the elements, [size], in their stored dtype."""
-        return self.view.read().result().reshape(-1)
+        """Return the elements, [size], in their stored dtype.
+
+        Raises:
+          UserError: if the file that holds them is missing or damaged.
+        """
+        return _checked(self.view.read(), self.where).reshape(-1)
 
 
-def open_parameters(directory: epath.Path, paths: Iterable[str]) -> dict[str, ts.TensorStore]:
-    """Open the arrays of a checkpoint.
+class Arrays:
+    """The arrays of a checkpoint, by parameter."""
 
-    Raises:
-      UserError: if one is missing or damaged.
-    """
-    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-    root = f"file://{os.path.abspath(directory)}" if is_local(directory) else str(directory)
-    opening = {
-        path: ts.open(
-            # A chunk that is not there is an error, not zeros.
-            {"driver": "zarr", "kvstore": f"{root}/{STATE}/{path}/", "fill_missing_data_reads": False},
-            context=context,
-            read=True,
-        )
-        for path in paths
-    }
-    arrays = {}
-    for path, opened in opening.items():
-        try:
-            arrays[path] = opened.result()
-        except ValueError as error:
-            raise UserError(f"{directory}: parameter {path} is missing or damaged ({_first(error)})") from None
-    return arrays
+    def __init__(self, directory: epath.Path, paths: Iterable[str]):
+        """Open them.
 
+        Raises:
+          UserError: if one is missing or damaged.
+        """
+        context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+        root = f"file://{os.path.abspath(directory)}" if is_local(directory) else str(directory)
+        # A chunk that is not there is an error, not zeros.
+        options = {"driver": "zarr", "fill_missing_data_reads": False}
+        opening = {
+            path: ts.open(options | {"kvstore": f"{root}/{STATE}/{path}/"}, context=context, read=True)
+            for path in paths
+        }
+        self._directory = directory
+        self._arrays = {path: _checked(opened, self._where(path)) for path, opened in opening.items()}
+        self.shapes = {path: array.shape for path, array in self._arrays.items()}
+        self.dtypes = {path: array.dtype.numpy_dtype for path, array in self._arrays.items()}
 
-def slabs(placement: Placement, array: ts.TensorStore) -> Iterator[Slab]:
-    """Cut the place of a tensor into slabs, in the order of the tensor's elements."""
-    start = 0
-    for block in placement.blocks:
-        view = array[block] if block else array
-        view = view[ts.d[:].translate_to[0]]
-        row_bytes = view.size // view.shape[0] * array.dtype.numpy_dtype.itemsize
-        step = max(1, _SLAB_BYTES // row_bytes)
-        for first in range(0, view.shape[0], step):
-            part = view[first : min(first + step, view.shape[0])]
-            yield Slab(start, part.size, part)
-            start += part.size
+    def slabs(self, placement: Placement) -> Iterator[Slab]:
+        """Cut the place of a tensor into slabs, in the order of the tensor's elements."""
+        start = 0
+        for block in placement.blocks:
+            array = self._arrays[placement.parameter]
+            view = (array[block] if block else array)[ts.d[0].translate_to[0]]
+            row_bytes = view.size // view.shape[0] * array.dtype.numpy_dtype.itemsize
+            step = max(1, _SLAB_BYTES // row_bytes)
+            for first in range(0, view.shape[0], step):
+                part = view[first : min(first + step, view.shape[0])]
+                yield Slab(start, part, self._where(placement.parameter))
+                start += part.size
+
+    def _where(self, path: str) -> str:
+        return f"{self._directory}: parameter {path}"
 
 
 def in_order[T](pool: Executor, jobs: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
@@ -89,5 +96,10 @@ def in_order[T](pool: Executor, jobs: Iterable[Callable[[], T]], ahead: int) -> 
             future.cancel()
 
 
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+def _checked[T](future: ts.Future[T], where: str) -> T:
+    """Wait for TensorStore, which reports everything as a ValueError."""
+    try:
+        return future.result()
+    except ValueError as error:
+        reason = str(error).split(" [", 1)[0]
+        raise UserError(f"{where} is missing or damaged ({reason})") from None

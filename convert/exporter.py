@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import tensorstore as ts
 from etils import epath
 from tqdm import tqdm
 
-from convert.arrays import CACHE_BYTES, Slab, in_order, open_parameters, slabs
+from convert.arrays import CACHE_BYTES, Arrays, Slab, in_order
 from convert.resources import check_free, explain_full_disk, say, thread_count
 from convert.shards import FLOAT_DTYPES, StoredTensor, encode_header
 from convert.source import INDEX, SINGLE, is_local, storage_path
@@ -23,6 +22,7 @@ from convert.table import Placement, expand, is_lossless, place
 from ernie_jax.checkpoint import SMALL_FILES, read_config, read_manifest
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
+from ernie_jax.model import parameter_specs
 
 _SHARD_BYTES = 5_000_000_000  # of a checkpoint that never came in shards
 _DTYPE_NAMES = {FLOAT_DTYPES[name]: name for name in ("BF16", "F16", "F32")}
@@ -30,10 +30,10 @@ _DTYPE_NAMES = {FLOAT_DTYPES[name]: name for name in ("BF16", "F16", "F32")}
 
 @dataclasses.dataclass(frozen=True)
 class _Export:
-    """A tensor to write: its place, the array it is read from, and its dtype in the file."""
+    """A tensor to write: its place in the parameters, and its dtype in the file."""
 
     placement: Placement
-    array: ts.TensorStore
+    arrays: Arrays
     dtype: str
 
     @property
@@ -49,7 +49,7 @@ class _Export:
         if self.placement.transposed:
             yield self._read_transposed
         else:
-            for slab in slabs(self.placement, self.array):
+            for slab in self.arrays.slabs(self.placement):
                 yield functools.partial(self._read, slab)
 
     def _read(self, slab: Slab) -> np.ndarray:
@@ -58,7 +58,7 @@ class _Export:
     def _read_transposed(self) -> np.ndarray:
         columns, rows = self.placement.tensor.shape
         out = np.empty((columns, rows), FLOAT_DTYPES[self.dtype])
-        for slab in slabs(self.placement, self.array):
+        for slab in self.arrays.slabs(self.placement):
             first, last = slab.start // columns, (slab.start + slab.size) // columns
             out[:, first:last] = slab.read().reshape(last - first, columns).T
         return out
@@ -84,13 +84,12 @@ def export(source: str, target: str, *, host_memory_gb: float = 4.0, overwrite: 
     _check_target(out, overwrite)
     tensors = _source_tensors(manifest) or _own_tensors(config, manifest["parameters"])
     placements = {placement.tensor.name: placement for placement in place(config, tensors, source)[0]}
-    arrays = open_parameters(directory, sorted({placement.parameter for placement in placements.values()}))
+    arrays = _open_arrays(directory, config)
     shards: dict[str, list[_Export]] = {}
     for name, tensor in tensors.items():
-        array = arrays[placements[name].parameter]
-        stored = array.dtype.numpy_dtype
+        stored = arrays.dtypes[placements[name].parameter]
         dtype = tensor.dtype if is_lossless(tensor.numpy_dtype, stored) else _DTYPE_NAMES[stored]
-        shards.setdefault(tensor.file, []).append(_Export(placements[name], array, dtype))
+        shards.setdefault(tensor.file, []).append(_Export(placements[name], arrays, dtype))
     exports = [one for shard in shards.values() for one in shard]
     whole = max((one.nbytes for one in exports if one.placement.transposed), default=0)
     threads = thread_count(host_memory_gb, reserved=CACHE_BYTES, largest=whole)
@@ -141,6 +140,20 @@ def _check_target(target: epath.Path, overwrite: bool) -> None:
     ModelConfig.from_file(target / "config.json")
     if not overwrite:
         raise UserError(f"{target}: exists; pass --overwrite to replace the model in it")
+
+
+def _open_arrays(directory: epath.Path, config: ModelConfig) -> Arrays:
+    """Open the parameters that the model of a config has.
+
+    Raises:
+      UserError: if one is missing, damaged or of another shape.
+    """
+    specs = parameter_specs(config)
+    arrays = Arrays(directory, specs)
+    for path, spec in specs.items():
+        if arrays.shapes[path] != spec.shape:
+            raise UserError(f"{directory}: {path} is {list(arrays.shapes[path])}, config.json says {list(spec.shape)}")
+    return arrays
 
 
 def _source_tensors(manifest: dict) -> dict[str, StoredTensor]:

@@ -126,7 +126,7 @@ class Target:
     def commit(self, written: list[tuple[str, str, BinaryIO]]) -> None:
         """Bring a group of chunks to the disk, then journal it."""
         for _, _, file in written:
-            if not file.closed:
+            if is_local(self.path):
                 os.fsync(file.fileno())
                 file.close()
         group = {name: crc for name, crc, _ in written}

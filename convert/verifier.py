@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import tensorstore as ts
 from etils import epath
 from tqdm import tqdm
 
-from convert.arrays import Slab, in_order, open_parameters, slabs
+from convert.arrays import Arrays, Slab, in_order
 from convert.resources import MAX_THREADS
 from convert.shards import TensorReader
 from convert.source import ForeignModel, Source, read_model, storage_path
@@ -49,8 +49,8 @@ def verify(source: str, target: str, *, revision: str | None = None) -> list[str
 
     with ThreadPoolExecutor(MAX_THREADS) as pool:
         differences = [*_compare_small_files(model, directory), *_compare_checksums(manifest, directory, pool)]
-        arrays = open_parameters(directory, manifest["parameters"])
-        found = {path: f"{array.dtype.name} {list(array.shape)}" for path, array in arrays.items()}
+        arrays = Arrays(directory, manifest["parameters"])
+        found = {path: f"{arrays.dtypes[path].name} {list(shape)}" for path, shape in arrays.shapes.items()}
         specs = parameter_specs(model.config)
         expected = {path: f"{dtypes[path].name} {list(spec.shape)}" for path, spec in specs.items()}
         for path in sorted(found.keys() | expected.keys()):
@@ -82,7 +82,7 @@ def _compare_checksums(manifest: dict, directory: epath.Path, pool: ThreadPoolEx
 
 
 def _compare_tensors(
-    model: ForeignModel, placements: list[Placement], arrays: dict[str, ts.TensorStore], pool: ThreadPoolExecutor
+    model: ForeignModel, placements: list[Placement], arrays: Arrays, pool: ThreadPoolExecutor
 ) -> Iterator[str]:
     total = sum(placement.tensor.nbytes for placement in placements)
     with (
@@ -105,17 +105,14 @@ def _compare_tensors(
                 continue
             reader.open(file, model.source.fetch(file, staging))
             for placement in mine:
-                parts = slabs(placement, arrays[placement.parameter])
-                jobs = (functools.partial(compare, placement, slab) for slab in parts)
+                jobs = (functools.partial(compare, placement, slab) for slab in arrays.slabs(placement))
                 try:
                     count = sum(in_order(pool, jobs, MAX_THREADS))
-                except ValueError as error:
-                    if isinstance(error, UserError):
-                        raise
-                    yield f"{placement.tensor.name}: {placement.parameter} cannot be read"
+                except UserError as error:
+                    yield f"{placement.tensor.name}: {error}"
                 else:
                     if count:
-                        size = np.prod(placement.tensor.shape)
+                        size = math.prod(placement.tensor.shape)
                         yield f"{placement.tensor.name}: {count} of {size} values differ in {placement.parameter}"
                 bar.update(placement.tensor.nbytes)
             reader.close(file)

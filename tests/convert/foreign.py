@@ -127,9 +127,9 @@ class Model:
         self.put(ours + "gate_up", np.stack([gate, up]), np.stack([gate_bias, up_bias]) if self.bias else None)
         self.put(ours + "down", *self.linear(theirs + "down_proj", self.width, inner))
 
-    def save(self, directory: pathlib.Path, shards: int = 1) -> pathlib.Path:
+    def save(self, directory: pathlib.Path, shards: int = 1, shuffled: bool = True) -> pathlib.Path:
         """Write the model as a Hugging Face directory."""
-        write(directory, self.fields, self.tensors, shards)
+        write(directory, self.fields, self.tensors, shards, shuffled)
         return directory
 
 
@@ -166,8 +166,10 @@ def as_paddle(model: Model, grouped: bool) -> dict[str, np.ndarray]:
     return {name.replace("model.", "ernie."): np.ascontiguousarray(x) for name, x in result.items()}
 
 
-def write(directory: pathlib.Path, fields: dict, tensors: dict[str, np.ndarray], shards: int = 1) -> None:
-    """Write config.json, a tokenizer file, and the tensors dealt out to shards like cards."""
+def write(
+    directory: pathlib.Path, fields: dict, tensors: dict[str, np.ndarray], shards: int = 1, shuffled: bool = True
+) -> None:
+    """Write config.json, a tokenizer file, and the tensors: dealt out to the shards like cards, or in their order."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(fields, indent=2))
     (directory / "tokenizer.model").write_bytes(b"not really a tokenizer")
@@ -175,10 +177,11 @@ def write(directory: pathlib.Path, fields: dict, tensors: dict[str, np.ndarray],
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return
     names = list(tensors)
+    size = -(-len(names) // shards)
     weight_map = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        mine = names[i::shards]
+        mine = names[i::shards] if shuffled else names[i * size : (i + 1) * size]
         save_file({name: tensors[name] for name in mine}, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(mine, file)
     write_index(directory, weight_map)
