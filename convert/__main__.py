@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
         )
     except UserError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on where it was")
 
 
 if __name__ == "__main__":

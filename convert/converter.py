@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.chunks import CHUNK_BYTES, Chunk, plan_parameters
-from convert.resources import check_free, explain_full_disk, say, thread_count
+from convert.resources import check_free, explain_disk_errors, say, thread_count
 from convert.shards import TensorReader
 from convert.source import ForeignModel, Source, is_local, read_model, storage_path
 from convert.table import parameter_dtypes, place
@@ -73,7 +73,7 @@ def convert(
     # By the last shard that each needs, so that a shard can be released before the next but one is fetched.
     rank = {file: position for position, file in enumerate(model.headers)}
     remaining.sort(key=lambda chunk: max(rank[file] for file in chunk.sources()))
-    with out, _staging(out) as staging, explain_full_disk(out.path, "it goes on where it was"):
+    with out, _staging(out) as staging, explain_disk_errors(out.path, "it goes on where it was"):
         todo = sum(chunk.nbytes for chunk in remaining)
         _check_disk(out, todo, model, staging)
         if out.is_resumed:

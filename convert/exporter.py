@@ -15,7 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from convert.arrays import CACHE_BYTES, Arrays, Slab, in_order
-from convert.resources import check_free, explain_full_disk, say, thread_count
+from convert.resources import check_free, explain_disk_errors, say, thread_count
 from convert.shards import FLOAT_DTYPES, StoredTensor, encode_header
 from convert.source import INDEX, SINGLE, is_local, storage_path
 from convert.table import Placement, expand, is_lossless, place
@@ -99,7 +99,7 @@ def export(source: str, target: str, *, host_memory_gb: float = 4.0, overwrite: 
     if is_local(out):
         check_free(out, total, "the export")
     partial = out.with_name(f".{out.name}.partial")
-    with explain_full_disk(out, "it starts again"):
+    with explain_disk_errors(out, "it starts again"):
         if partial.exists():
             partial.rmtree()  # of an export that was killed
         partial.mkdir(parents=True)
@@ -214,7 +214,9 @@ def _write_shard(
 
 def _write_index(path: epath.Path, shards: Mapping[str, list[_Export]], total: int) -> None:
     weight_map = {one.name: file for file, shard in shards.items() for one in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    elements = sum(math.prod(one.placement.tensor.shape) for shard in shards.values() for one in shard)
+    metadata = {"total_parameters": elements, "total_size": total}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 

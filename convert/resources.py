@@ -50,14 +50,16 @@ def check_free(directory: os.PathLike, need: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def explain_full_disk(target: os.PathLike, then: str) -> Iterator[None]:
-    """Turn a full disk into a UserError; `then` says what the same command will do once there is room."""
+def explain_disk_errors(target: os.PathLike, then: str) -> Iterator[None]:
+    """Turn a full disk and missing permissions into a UserError; `then` is what the same command will do afterwards."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{target}: the disk is full; make room and repeat the command: {then}") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{target}: the disk is full; make room and repeat the command: {then}") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{error.filename or target}: {error.strerror}") from None
+        raise
 
 
 def say(message: str) -> None:

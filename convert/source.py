@@ -22,9 +22,7 @@ from etils import epath
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HTTPError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -84,7 +82,7 @@ class Source:
         self._hub_id = source if is_hub_id(source) else None
         self._keep = keep_download
         if self._hub_id:
-            with self._errors():
+            with self._errors("no such directory, and "):
                 self.revision = HfApi().model_info(source, revision=revision).sha
             self.root = epath.Path(f"hf://{source}@{self.revision}")
             return
@@ -99,10 +97,15 @@ class Source:
         return not is_local(self.root)
 
     def files(self) -> dict[str, dict]:
-        """List the files at the top: bytes and time of the last change of each."""
+        """List the files at the top: bytes and time of the last change of each, as exact as the storage has it."""
+
+        def describe(entry: epath.Path) -> dict:
+            if self.is_remote:
+                return {"bytes": (stat := entry.stat()).length, "modified": stat.mtime}
+            return {"bytes": (stat := os.stat(entry)).st_size, "modified": stat.st_mtime_ns}
+
         with self._errors():
-            stats = {entry.name: entry.stat() for entry in self.root.iterdir() if not entry.is_dir()}
-        return {name: {"bytes": stat.length, "modified": stat.mtime} for name, stat in stats.items()}
+            return {entry.name: describe(entry) for entry in self.root.iterdir() if not entry.is_dir()}
 
     def read_bytes(self, file: str) -> bytes:
         with self._errors():
@@ -137,24 +140,23 @@ class Source:
         (staging / file).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Turn what a hub answers, or fails to, into a UserError."""
-        if self._hub_id is None:
-            yield
-            return
+    def _errors(self, besides: str = "") -> Iterator[None]:
+        """Turn a refusal of the disk or of the hub, or its silence, into a UserError."""
         try:
             yield
+        except PermissionError as error:
+            raise UserError(f"{error.filename or self.name}: {error.strerror or error}") from None
         except GatedRepoError:
             raise UserError(f"{self.name}: the hub asks you to accept its licence and to run `hf auth login`") from None
         except RevisionNotFoundError:
             raise UserError(f"{self.name}: the hub model has no such revision") from None
         except RepositoryNotFoundError:
-            raise UserError(f"{self.name}: no such directory, and no such model on the Hugging Face hub") from None
-        except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(f"{self.name}: {besides}no such model on the Hugging Face hub") from None
+        except (HTTPError, OSError) as error:
+            if not self._hub_id or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.name}: no answer from the Hugging Face hub ({reason}); try again later") from None
+            raise UserError(f"{self.name}: {besides}the Hugging Face hub does not answer ({reason})") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,7 @@ def test_resume_downloads_only_what_is_left(hub, tmp_path, monkeypatch):
 def test_network_failure(hub, tmp_path):
     ours = tmp_path / "ours"
     hub.failing = errors.HTTPError("connection reset\nlots of detail")
-    with pytest.raises(UserError, match=r"tiny: no answer from the Hugging Face hub \(connection reset\); try again"):
+    with pytest.raises(UserError, match=r"tiny: the Hugging Face hub does not answer \(connection reset\)$"):
         convert.convert(REPOSITORY, str(ours))
     assert not checkpoint.is_checkpoint(ours)
     hub.failing = None
@@ -175,6 +175,17 @@ def test_no_such_model(hub, tmp_path):
     with pytest.raises(UserError, match="no such revision"):
         convert.convert(REPOSITORY, str(tmp_path / "ours"), revision="v2")
     assert not (tmp_path / "ours").exists()
+
+
+def test_no_network(hub, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise errors.HTTPError("no route")
+
+    monkeypatch.setattr(hub, "model_info", unreachable)
+    with pytest.raises(
+        UserError, match=r"typo: no such directory, and the Hugging Face hub does not answer \(no route"
+    ):
+        convert.convert("models/typo", str(tmp_path / "ours"))
 
 
 def test_disk_for_two_shards(hub, tmp_path, monkeypatch):

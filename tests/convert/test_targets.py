@@ -171,6 +171,25 @@ def test_source_that_changed_in_place(source, ours, small_groups, monkeypatch):
         convert.convert(str(source), str(ours))
 
 
+def test_another_spelling_of_the_source(source, ours, small_groups, monkeypatch, capsys):
+    with monkeypatch.context() as broken:
+        interrupt(broken, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert(str(source), str(ours))
+    monkeypatch.chdir(source)
+    convert.convert(".", str(ours))
+    assert "resuming at" in capsys.readouterr().err
+
+
+def test_no_permission(source, ours, monkeypatch):
+    def refuse(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(ours))
+
+    monkeypatch.setattr(target.Target, "begin", refuse)
+    with pytest.raises(UserError, match="ours: Permission denied"):
+        convert.convert(str(source), str(ours))
+
+
 def test_two_at_once(source, ours, small_groups, monkeypatch):
     commit = target.Target.commit
 
