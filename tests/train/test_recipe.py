@@ -1,0 +1,70 @@
+"""Recipes: overrides, and one clear sentence for each mistake."""
+
+import pathlib
+
+import pytest
+
+from ernie_jax.errors import UserError
+from ernie_jax.train import load_recipe
+
+GOOD = """
+model = "m"
+data = "d"
+sources = { english = 1 }
+output = "o"
+steps = 10
+batch_size = 2
+sequence_length = 8
+learning_rate = 1e-3
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> pathlib.Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_overrides(recipe):
+    loaded = load_recipe(recipe, ["steps=20", "learning_rate=1", "output=out/elsewhere", "sources={a=1, b=2}"])
+    assert (loaded.steps, loaded.learning_rate, loaded.output) == (20, 1.0, "out/elsewhere")
+    assert loaded.sources == {"a": 1, "b": 2}
+    assert loaded.model == "m"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stpes=3", "unknown recipe field stpes"),
+        ("steps", "--set steps: expected name=value"),
+        ("steps=many", "steps must be int, found 'many'"),
+        ("steps=true", "steps must be int"),
+        ("steps=0", "steps is 0"),
+        ("model=3", "model must be str, found 3"),
+        ("learning_rate=-1.0", "learning_rate is -1.0"),
+        ("learning_rate=nan", "learning_rate is nan"),
+        ("warmup_steps=10", "warmup_steps is 10"),
+        ("sources=english", "sources must be"),
+        ("sources={}", "sources must name"),
+        ("sources={a=0}", "sources must name"),
+    ],
+)
+def test_bad_fields_are_named(recipe, override, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe, [override])
+
+
+def test_bad_files_are_named(recipe, tmp_path):
+    with pytest.raises(UserError, match="absent.toml: no such file"):
+        load_recipe(tmp_path / "absent.toml")
+    recipe.write_text(GOOD.replace("steps = 10", ""))
+    with pytest.raises(UserError, match="recipe.toml: missing recipe field steps"):
+        load_recipe(recipe)
+    recipe.write_text("steps = = 3")
+    with pytest.raises(UserError, match="recipe.toml: not valid TOML"):
+        load_recipe(recipe)
+
+
+def test_the_embedded_models_recipe_is_valid():
+    load_recipe(pathlib.Path(__file__).parents[2] / "configs" / "train_embedded.toml")

@@ -1,0 +1,135 @@
+"""The trainer: it learns, balances experts, and goes on exactly where it was interrupted."""
+
+import csv
+import dataclasses
+import json
+import math
+import xml.etree.ElementTree
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ernie_jax import checkpoint
+from ernie_jax.config import ModelConfig
+from ernie_jax.errors import UserError
+from ernie_jax.ops import packed_attention
+from ernie_jax.sharding import make_mesh
+from ernie_jax.train import Recipe, run
+from ernie_jax.train.data import Batch, TrainingData
+from ernie_jax.train.trainer import Trainer
+
+END = 2
+
+
+@pytest.fixture
+def config(tiny_config) -> ModelConfig:
+    """One dense and one MoE layer, quick to compile."""
+    return dataclasses.replace(tiny_config, num_hidden_layers=2, moe_layer_end_index=-1)
+
+
+@pytest.fixture
+def recipe(tmp_path, config, monkeypatch) -> Recipe:
+    """A tiny model, data with a pattern to learn (each document counts upwards), relative paths."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (tmp_path / "data").mkdir()
+    for split, starts in (("train", range(3, 300)), ("heldout", range(8, 300, 50))):
+        tokens = [[*range(start, start + 12), END] for start in starts]
+        np.save(tmp_path / "data" / f"counting.{split}.npy", np.concatenate(tokens).astype(np.uint16))
+    return Recipe(
+        "model", "data", {"counting": 1}, "out", steps=6, batch_size=4, sequence_length=32, learning_rate=1e-2,
+        init_scale=0.1, seed=3, log_every=1, evaluate_every=2, save_every=2,
+    )  # fmt: skip
+
+
+def parameters(output) -> dict[str, np.ndarray]:
+    state = nnx.state(checkpoint.restore(f"{output}/checkpoint", make_mesh()))
+    return {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
+
+
+def logged(output) -> list[dict]:
+    with open(f"{output}/metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_training_learns_and_writes_what_it_promises(recipe):
+    recipe = dataclasses.replace(recipe, steps=60)
+    perplexity = run(recipe, progress=False)["counting"]
+    assert perplexity < 40  # 320 before training
+    rows = logged("out")
+    assert [int(row["step"]) for row in rows] == list(range(1, 61))
+    assert math.isclose(math.log(perplexity), float(rows[-1]["counting_loss"]), rel_tol=1e-4)
+    assert not rows[0]["counting_loss"]
+    xml.etree.ElementTree.parse("out/curve.svg")
+    found = parameters("out")
+    assert found["embed.weight"].dtype == jnp.bfloat16
+    assert found["layers.1.mlp.router.weight"].dtype == np.float32
+    bias = found["layers.1.mlp.router.correction_bias"]
+    steps = bias / recipe.bias_update_rate
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-2)
+    assert bias.any()
+    with pytest.raises(UserError, match="this run is finished"):
+        run(recipe, progress=False)
+
+
+def test_an_interrupted_run_continues_bit_by_bit(recipe, monkeypatch):
+    run(recipe, progress=False)
+    interrupted = dataclasses.replace(recipe, output="interrupted")
+    read = TrainingData.batch
+
+    def break_off(data, step):
+        if step == 5:  # after step 5 of 6; the last save was after step 4
+            raise KeyboardInterrupt
+        return read(data, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingData, "batch", break_off)
+        run(interrupted, progress=False)
+    with pytest.raises(UserError, match="other values of seed"):
+        run(dataclasses.replace(interrupted, seed=4), progress=False)
+
+    steps = []
+    monkeypatch.setattr(TrainingData, "batch", lambda data, step: steps.append(step) or read(data, step))
+    run(interrupted, progress=False)
+    assert steps == [4, 5]
+    whole, resumed = parameters("out"), parameters("interrupted")
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, resumed[name], err_msg=name)
+    assert logged("out") == logged("interrupted")
+
+
+def test_a_step_moves_biases_by_the_routers_usage_alone(recipe, config):
+    recipe = dataclasses.replace(recipe, dtype="float32")
+    trainer = Trainer(recipe, config)
+    state = trainer.initial_state()
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 320, (4, 32)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(32, dtype=np.int32), (4, 32))
+    batch = Batch(tokens, positions, np.zeros_like(tokens), np.roll(tokens, -1, 1))
+    model = trainer.bind(state.parameters)
+    out = model(tokens, positions, lambda q, k, v, c: (packed_attention(q, k, v, batch.segments), c), None, "dense")
+    (routing,) = out.routing
+    usage = np.bincount(np.asarray(routing.experts).reshape(-1), minlength=8)
+    state, _ = trainer.step(state, batch)
+    bias = np.asarray(state.parameters["layers.1.mlp.router.correction_bias"])
+    np.testing.assert_allclose(bias, 1e-3 * np.sign(usage.mean() - usage), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float8"}, "float8"),
+        ({"expert_backend": "fast"}, "expert_backend must be one of"),
+        ({"sources": {"absent": 1}}, "absent.train.npy: no such file"),
+        ({"model": "nowhere"}, "config.json: no such file"),
+        ({"sequence_length": 4096}, "sequence_length is 4096"),
+        ({"batch_size": 4000}, "less than one batch"),
+        ({"learning_rate": 1e30}, "make learning_rate smaller"),
+    ],
+)
+def test_bad_recipes(recipe, change, message):
+    with pytest.raises(UserError, match=message):
+        run(dataclasses.replace(recipe, **change), progress=False)
