@@ -22,7 +22,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
@@ -39,6 +39,7 @@ _SHARD_BYTES = 5_000_000_000
 
 
 def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every load
     folder = pathlib.Path(_FOLDER.value)
     source, copy, target = (folder / name for name in ("source", "copy", "target"))
     total = write_checkpoint(source, _LAYERS.value)

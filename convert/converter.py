@@ -26,7 +26,7 @@ from ernie_jax.model import parameter_specs
 # What is journaled at once. While one group is brought to the disk the next is written: a conversion that is killed
 # writes at most these two again.
 GROUP_BYTES = 256 << 20
-_GROUP_FILES = 256  # all open until they are on the disk
+_GROUP_FILES = 64  # all open until they are on the disk
 _SPARE_DISK_BYTES = 64 << 20  # metadata, small files
 
 

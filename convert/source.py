@@ -101,8 +101,10 @@ class Source:
 
         def describe(entry: epath.Path) -> dict:
             if self.is_remote:
-                return {"bytes": (stat := entry.stat()).length, "modified": stat.mtime}
-            return {"bytes": (stat := os.stat(entry)).st_size, "modified": stat.st_mtime_ns}
+                stat = entry.stat()
+                return {"bytes": stat.length, "modified": stat.mtime}
+            stat = os.stat(entry)
+            return {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
 
         with self._errors():
             return {entry.name: describe(entry) for entry in self.root.iterdir() if not entry.is_dir()}

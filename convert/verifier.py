@@ -47,8 +47,13 @@ def verify(source: str, target: str, *, revision: str | None = None) -> list[str
     requested = manifest.get("requested_dtype")
     dtypes = parameter_dtypes(model.config, placements, parse_dtype(requested) if requested else None)
 
-    with ThreadPoolExecutor(MAX_THREADS) as pool:
-        differences = [*_compare_small_files(model, directory), *_compare_checksums(manifest, directory, pool)]
+    stored = sum(fields["bytes"] for fields in manifest["parameters"].values()) if "checksums" in manifest else 0
+    total = stored + sum(tensor.nbytes for tensor in model.tensors.values())
+    with (
+        ThreadPoolExecutor(MAX_THREADS) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar,
+    ):
+        differences = [*_compare_small_files(model, directory), *_compare_checksums(manifest, directory, pool, bar)]
         arrays = Arrays(directory, manifest["parameters"])
         found = {path: f"{arrays.dtypes[path].name} {list(shape)}" for path, shape in arrays.shapes.items()}
         specs = parameter_specs(model.config)
@@ -57,7 +62,7 @@ def verify(source: str, target: str, *, revision: str | None = None) -> list[str
             if found.get(path) != expected.get(path):
                 differences.append(f"{path}: {found.get(path, 'missing')}, expected {expected.get(path, 'nothing')}")
         alike = [one for one in placements if found.get(one.parameter) == expected[one.parameter]]
-        differences += _compare_tensors(model, alike, arrays, pool)
+        differences += _compare_tensors(model, alike, arrays, pool, bar)
     return differences
 
 
@@ -70,26 +75,25 @@ def _compare_small_files(model: ForeignModel, directory: epath.Path) -> Iterator
             yield f"{name}: differs"
 
 
-def _compare_checksums(manifest: dict, directory: epath.Path, pool: ThreadPoolExecutor) -> Iterator[str]:
-    def compare(name: str, expected: str) -> str | None:
+def _compare_checksums(manifest: dict, directory: epath.Path, pool: ThreadPoolExecutor, bar: tqdm) -> Iterator[str]:
+    def compare(name: str, expected: str) -> tuple[int, str | None]:
         try:
-            return None if checksum((directory / name).read_bytes()) == expected else f"{name}: checksum differs"
+            content = (directory / name).read_bytes()
         except FileNotFoundError:
-            return f"{name}: missing"
+            return 0, f"{name}: missing"
+        return len(content), None if checksum(content) == expected else f"{name}: checksum differs"
 
     jobs = (functools.partial(compare, name, crc) for name, crc in manifest.get("checksums", {}).items())
-    yield from filter(None, in_order(pool, jobs, MAX_THREADS))
+    for nbytes, difference in in_order(pool, jobs, MAX_THREADS):
+        bar.update(nbytes)
+        if difference:
+            yield difference
 
 
 def _compare_tensors(
-    model: ForeignModel, placements: list[Placement], arrays: Arrays, pool: ThreadPoolExecutor
+    model: ForeignModel, placements: list[Placement], arrays: Arrays, pool: ThreadPoolExecutor, bar: tqdm
 ) -> Iterator[str]:
-    total = sum(placement.tensor.nbytes for placement in placements)
-    with (
-        tempfile.TemporaryDirectory(prefix="ernie_jax-") as folder,
-        tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar,
-        TensorReader() as reader,
-    ):
+    with tempfile.TemporaryDirectory(prefix="ernie_jax-") as folder, TensorReader() as reader:
         staging = pathlib.Path(folder)
 
         def compare(placement: Placement, slab: Slab) -> int:

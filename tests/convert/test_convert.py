@@ -1,6 +1,8 @@
 """Converted parameters are the right bytes in the right places, and plain Orbax reads them."""
 
 import json
+import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 import convert
-from convert import chunks
+from convert import chunks, shards, table
 from ernie_jax import checkpoint
+from ernie_jax.config import ModelConfig
 from ernie_jax.model import parameter_specs
 from ernie_jax.sharding import make_mesh
 from tests.convert.foreign import BF16, DENSE, MOE, Model, as_paddle, assert_same, write
@@ -81,6 +84,28 @@ def test_small_chunks(chunk_bytes, rng, tmp_path, monkeypatch):
     widest = 2 * 2 * max(MOE["hidden_size"], MOE["intermediate_size"])  # one row cannot be cut
     assert max(file.stat().st_size for file in files) <= max(chunk_bytes, widest)
     assert_same(load(tmp_path / "ours"), model.parameters)
+
+
+@pytest.mark.parametrize("preset", sorted((pathlib.Path(__file__).parents[2] / "configs").glob("ernie*.json")))
+def test_plan_of_the_real_models(preset):
+    """No chunk is too large, even of a 7.5 GB stack; little is padding; and a chunk needs at most two 5 GB shards."""
+    config = ModelConfig.from_file(preset)
+    tensors, end = {}, 0
+    for name, rule in table.expand(config).items():
+        shape = list(rule.shapes)[-1]
+        dtype, size = ("F32", 4) if ".router." in rule.parameter else ("BF16", 2)
+        tensors[name] = shards.StoredTensor(name, dtype, shape, str(end // 5_000_000_000))
+        end += math.prod(shape) * size
+    placements, _ = table.place(config, tensors, "preset")
+    shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
+    parameters = chunks.plan_parameters(placements, shapes, table.parameter_dtypes(config, placements, None))
+    listed = [chunk for parameter in parameters for chunk in parameter.chunks()]
+    assert max(chunk.nbytes for chunk in listed) <= chunks.CHUNK_BYTES
+    assert end == sum(chunk.count * chunk.parameter.dtype.itemsize for chunk in listed)
+    assert sum(chunk.nbytes for chunk in listed) < 1.001 * end
+    assert all(len(chunk.sources()) <= 2 for chunk in listed)
+    stack = next((p for p in parameters if p.path.endswith("experts.gate_up.weight")), None)
+    assert stack is None or stack.chunk_shape[0] == 1
 
 
 def test_mixed_dtypes(rng, tmp_path):
