@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from ernie_jax.config import ModelConfig
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
 from ernie_jax.model import layers
 from ernie_jax.ops import packed_attention
@@ -18,9 +19,9 @@ FLOAT32 = 1e-4  # absolute; logits and hidden states are of the order of 1 to 10
 
 # Both programs round the intermediates of a half layer to bfloat16 n times, by errors of a similar size that add like
 # independent ones. Where torch rounds once, ours may round twice (a bias after its product, silu after its sigmoid):
-# our distance from the exact result is then at most sqrt((n + 1) / n) of torch's, 1.42 for n = 1. The ratio varies by
-# some hundredths over the 500 values and more of a state.
-BFLOAT16_RATIO = 1.5
+# our distance from the exact result is then about sqrt((n + 1) / n) of torch's, 1.42 for n = 1, and more where bias and
+# product cancel. The ratio varies by some hundredths over the 500 values and more of a state.
+BFLOAT16_RATIO = 1.75
 
 
 @jax.jit
@@ -99,6 +100,13 @@ def test_float32_states_layer_by_layer(case, whole_prompts):
     start = places[int(case.arrays["detailed"])].start
     prompt = slice(start, start + case.detailed.length)
     assert_states_close({n: x[prompt] for n, x in states.items()}, case.states("float32"), FLOAT32)
+
+
+def test_rotary_frequencies(case):
+    """At position 131,071 an error of one float32 step (1.2e-7) turns a head by up to a hundredth of a radian."""
+    config = ModelConfig.from_file(case.source / "config.json")
+    ours = layers.rotary_angles(np.ones(1, np.int32), config)[0]
+    np.testing.assert_array_max_ulp(np.asarray(ours), case.arrays["inverse_frequencies"], maxulp=2)
 
 
 def test_float32_logits_of_whole_prompts(case, whole_prompts):
