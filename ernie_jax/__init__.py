@@ -8,14 +8,37 @@ For logits, `llm.logits(token_ids)`, or the bare model: `ernie_jax.forward(llm.m
 
 from __future__ import annotations
 
-from ernie_jax.config import ModelConfig
-from ernie_jax.engine import SamplingParams
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ernie_jax.errors import UserError
-from ernie_jax.llm import LLM, Completion, Score
-from ernie_jax.model import Ernie, forward
 from ernie_jax.version import VERSION
+
+if TYPE_CHECKING:
+    from ernie_jax.config import ModelConfig
+    from ernie_jax.engine import SamplingParams
+    from ernie_jax.llm import LLM, Completion, Score, load
+    from ernie_jax.model import Ernie, forward
 
 __version__ = VERSION
 __all__ = ["LLM", "Completion", "Ernie", "ModelConfig", "SamplingParams", "Score", "UserError", "forward", "load"]
 
-load = LLM.load
+_HOMES = {
+    "LLM": "llm",
+    "Completion": "llm",
+    "Score": "llm",
+    "load": "llm",
+    "ModelConfig": "config",
+    "SamplingParams": "engine",
+    "Ernie": "model",
+    "forward": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name when the name is first used: `main.py help` needs no JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -143,12 +144,17 @@ class LLM:
           UserError: if the prompt is empty, malformed, or text without a tokenizer.
         """
         if not isinstance(prompt, str) and not _is_chat(prompt):
-            return [int(token) for token in prompt]
+            try:
+                return [operator.index(token) for token in prompt]
+            except TypeError:
+                raise UserError("a prompt must be a text, a list of token ids, or a list of messages") from None
         if self.tokenizer is None:
             raise UserError("this checkpoint has no tokenizer; give token ids")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         conversation = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
+        if "messages" not in conversation:
+            raise UserError(f"a prompt with the fields {', '.join(conversation)} lacks messages")
         return self.tokenizer.encode(self.template.render(**conversation))
 
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
@@ -172,6 +178,7 @@ class LLM:
 
         Raises:
           UserError: if a prompt or a setting is bad; nothing is generated then.
+          RuntimeError: while a stream of this LLM is open.
         """
         completions: list[Completion | None] = [None] * len(prompts)
         for chunk in self.stream(prompts, params):
@@ -185,6 +192,8 @@ class LLM:
         """Continue every prompt like `generate`, yielding text as it comes; closing the iterator stops the work."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list; for one text pass [text]")
+        if self.engine.has_work:
+            raise RuntimeError("a stream of this LLM is open: read it to its end or close it first")
         if params is None or isinstance(params, SamplingParams):
             params = [params or self.sampling_params()] * len(prompts)
         for prompt, settings in zip(prompts, params, strict=True):
@@ -207,6 +216,8 @@ class LLM:
         finally:
             for request in streams:
                 self.engine.cancel(request)
+            while self.engine.has_work:  # surplus steps in flight: let them land, and the engine is idle again
+                self.engine.step()
 
     def score(self, texts: Sequence[str | Sequence[int]]) -> list[Score]:
         """Return the log-probability of every token of each text given those before it.
@@ -287,8 +298,12 @@ class _Stream:
 
 def _is_chat(prompt: Prompt) -> bool:
     """Tell messages from text and token ids."""
-    return isinstance(prompt, Mapping) or (not isinstance(prompt, str) and any(isinstance(m, Mapping) for m in prompt))
+    messages = isinstance(prompt, Sequence) and any(isinstance(message, Mapping) for message in prompt)
+    return messages or isinstance(prompt, Mapping)
 
 
 def _optional_json(path: epath.Path) -> dict:
     return read_json(path) if path.exists() else {}
+
+
+load = LLM.load

@@ -59,9 +59,8 @@ class Command:
             flag = values[name]
             default = "" if flag.default in (None, False, []) else f" (default: {flag.default})"
             sign = f"--[no]{name}" if flag.boolean else f"--{name}="
-            lines += textwrap.wrap(
-                f"{sign:<22} {flag.help}{default}", 110, initial_indent="  ", subsequent_indent=" " * 25
-            )
+            text = f"{sign:<22} {' '.join(flag.help.split())}{default}"
+            lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent=" " * 25)
         return "\n".join([*lines, "", "examples:", *(f"  {example}" for example in self.examples)])
 
 
@@ -71,5 +70,5 @@ def require(values: flags.FlagValues, *names: str) -> None:
     Raises:
       UsageError: naming those that were not.
     """
-    if missing := [f"--{name}" for name in names if values[name].value in (None, "")]:
-        raise UsageError(f"give {' and '.join(missing)}")
+    if missing := [name for name in names if values[name].value in (None, "")]:
+        raise UsageError("; ".join(f"give --{name}: {values[name].help}" for name in missing))

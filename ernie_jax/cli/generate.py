@@ -20,7 +20,9 @@ _DEMO_PROMPTS = ("In the beginning God created", "And it came to pass", "李白\
 
 def _define(values: flags.FlagValues) -> None:
     models.define_model_flags(values)
-    models.define_sampling_flags(values)
+    models.define_sampling_flags(values, max_new_tokens=256)
+    flags.DEFINE_integer("max_sequences", 64, "sequences decoded at the same time", flag_values=values)
+    flags.DEFINE_bool("logprobs", False, "write each new token's log-probability to --output", flag_values=values)
     flags.DEFINE_string("prompt", None, "text to continue; the answer is streamed", flag_values=values)
     flags.DEFINE_string(
         "input",
@@ -36,18 +38,19 @@ def _generate(values: flags.FlagValues) -> int:
         raise UsageError("give either --prompt or --input")
     if (values.input is None) != (values.output is None):
         raise UsageError("--input and --output go together")
-    if values.prompt is not None:
-        if not values.prompt:
-            raise UserError("--prompt is empty; give some text")
-        stream(models.load(values), values.prompt, models.sampling_fields(values))
-        return 0
-    return _generate_file(values)
+    settings = models.sampling_fields(values) | {"logprobs": values.logprobs}
+    if values.input is not None:
+        return _generate_file(values, settings)
+    if not values.prompt:
+        raise UserError("--prompt is empty; give some text")
+    stream(models.load(values), values.prompt, settings)
+    return 0
 
 
 def stream(llm, prompt: str, sampling: Mapping[str, Any]) -> None:
     """Print a prompt and its continuation as it comes, then its speed."""
     params = llm.sampling_params(**sampling)
-    llm.engine.check(llm.encode(prompt), params)
+    llm.check(prompt, params)
     print(prompt, end="", flush=True)
     start = time.monotonic()
     first = None
@@ -60,30 +63,29 @@ def stream(llm, prompt: str, sampling: Mapping[str, Any]) -> None:
     print(f"[{count} tokens · first after {first - start:.2f} s · then {rate:.1f} tokens/s]", file=sys.stderr)
 
 
-def _generate_file(values: flags.FlagValues) -> int:
+def _generate_file(values: flags.FlagValues, settings: dict[str, Any]) -> int:
     from tqdm import tqdm
 
     records = read_objects(values.input)
-    settings = models.sampling_fields(values)
-    writer = OrderedWriter(values.output, [values.model, values.dtype, settings, list(map(str, records))])
-    llm = models.load(values)
-    if writer.done:
-        print(f"going on after line {writer.done} of an earlier run", file=sys.stderr)
-    todo: list[tuple[int, Any, Any]] = []
-    for index, record in enumerate(records[writer.done :], writer.done):
-        try:
-            prompt, params = _read_request(llm, index + 1, record, settings)
-            todo.append((index, prompt, params))
-        except UserError as error:
-            writer.write(index, {"error": str(error)})
-    started, tokens = time.monotonic(), 0
-    with tqdm(total=len(todo), unit="prompt", desc="generate", mininterval=0.5) as bar:
-        for position, completion in _completions(llm, todo):
-            writer.write(todo[position][0], _as_record(completion))
-            tokens += len(completion.token_ids)
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
-            bar.update()
-    writer.finish()
+    work = [values.model, values.revision, values.dtype, settings, list(map(str, records))]
+    with OrderedWriter(values.output, work) as writer:
+        llm = models.load(values)
+        if writer.done:
+            print(f"going on after line {writer.done} of an earlier run", file=sys.stderr)
+        todo: list[tuple[int, Any, Any]] = []
+        for index, record in enumerate(records[writer.done :], writer.done):
+            try:
+                prompt, params = _read_request(llm, index + 1, record, settings)
+                todo.append((index, prompt, params))
+            except UserError as error:
+                writer.write(index, {"error": str(error)})
+        started, tokens = time.monotonic(), 0
+        with tqdm(total=len(todo), unit="prompt", desc="generate", mininterval=0.5) as bar:
+            for position, completion in _completions(llm, todo):
+                writer.write(todo[position][0], _as_record(completion))
+                tokens += len(completion.token_ids)
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+                bar.update()
     print(f"wrote {len(records)} lines to {values.output}, {writer.errors} with an error", file=sys.stderr)
     return int(writer.errors > 0)
 
@@ -107,6 +109,8 @@ def _read_request(llm, number: int, record: dict | UserError, settings: dict):
         if "tools" in record:
             if given[0] != "messages":
                 raise UserError("tools go with messages")
+            if not isinstance(record["tools"], list):
+                raise UserError("field tools must be a list of functions")
             prompt = {"messages": prompt, "tools": record["tools"]}
         params = llm.sampling_params(**{**settings, **fields})
         llm.check(prompt, params)

@@ -7,10 +7,9 @@ import math
 import re
 
 from absl import flags
-from etils import epath
 
 from ernie_jax.cli import models
-from ernie_jax.cli.command import Command, UsageError
+from ernie_jax.cli.command import Command, require
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 
@@ -38,8 +37,12 @@ _GROUPS = (
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "model", None, "a checkpoint or Hugging Face directory, or a preset", flag_values=values
+        "model",
+        None,
+        f"a checkpoint or Hugging Face directory, a hub id, or a preset ({', '.join(models.presets())})",
+        flag_values=values,
     )
+    flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
     flags.DEFINE_string("dtype", None, "count the weights in this dtype", flag_values=values)
 
 
@@ -48,9 +51,8 @@ def _info(values: flags.FlagValues) -> None:
     from ernie_jax.engine.cache import bytes_per_token
     from ernie_jax.model import parameter_specs
 
-    if not values.model:
-        raise UsageError("give --model: a checkpoint or Hugging Face directory, or a preset")
-    config, stored, source = _read(values.model)
+    require(values, "model")
+    config, stored, source = _read(values.model, values.revision)
     dtype = parse_dtype(values.dtype or stored)
     print(f"{values.model} ({source})\n")
     for field in dataclasses.fields(config):
@@ -76,20 +78,21 @@ def _info(values: flags.FlagValues) -> None:
         print(f"  {name:<14}{chips:>8}{int((chips * memory - total) // per_token):>28,}")
 
 
-def _read(model: str) -> tuple[ModelConfig, str, str]:
-    """Return the config, the stored dtype, and what kind of thing --model is."""
+def _read(model: str, revision: str | None) -> tuple[ModelConfig, str, str]:
+    """Return the config, the stored dtype, and what kind of thing --model is; reads no weights."""
+    from convert.source import Source
     from ernie_jax.checkpoint import is_checkpoint, read_config, read_manifest
 
     if model in models.presets():
         return ModelConfig.from_file(models.presets()[model]), "bfloat16", "preset"
-    path = epath.Path(model)
-    if is_checkpoint(path):
-        return read_config(path), read_manifest(path)["dtype"], "converted checkpoint"
-    if (path / "config.json").exists():
-        return ModelConfig.from_file(path / "config.json"), "bfloat16", "Hugging Face directory"
-    raise UserError(
-        f"--model={model}: no checkpoint or Hugging Face directory, nor a preset ({', '.join(models.presets())})"
-    )
+    if is_checkpoint(model):
+        return read_config(model), read_manifest(model)["dtype"], "converted checkpoint"
+    source = Source(model, revision)
+    if "config.json" not in source.files():
+        raise UserError(f"--model={model}: not a model directory (no manifest.json, no config.json)")
+    fields = source.read_json("config.json")
+    config = ModelConfig.from_hf(fields, f"{model}/config.json")
+    return config, fields.get("dtype") or fields.get("torch_dtype") or "bfloat16", "Hugging Face model"
 
 
 def _active(config: ModelConfig, specs: dict) -> int:

@@ -34,6 +34,8 @@ def _parse(number: int, line: str) -> dict[str, Any] | UserError:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
+        return UserError(f"line {number}: not valid JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # an endless number, endless brackets
         return UserError(f"line {number}: not valid JSON ({error})")
     return value if isinstance(value, dict) else UserError(f"line {number}: not a JSON object")
 
@@ -41,8 +43,8 @@ def _parse(number: int, line: str) -> dict[str, Any] | UserError:
 class OrderedWriter:
     """Write one JSON line per input line, in order, as results come in any order.
 
-    Lines go to a partial file beside `path`, which takes its place at the end. The same work (`fingerprint`) started
-    again goes on after the lines that are already there.
+    Lines go to a partial file beside `path`, which takes its place when the context is left without an exception. The
+    same work (`fingerprint`) started again goes on after the lines that are already there.
 
     Attributes:
       done: lines found from an earlier, interrupted run.
@@ -53,25 +55,24 @@ class OrderedWriter:
         digest = hashlib.sha256(json.dumps(fingerprint, default=str).encode()).hexdigest()[:8]
         self._path = pathlib.Path(path)
         self._partial = self._path.with_name(f"{self._path.name}.{digest}.partial")
-        lines = self._whole_lines()
-        self.done, self.errors = len(lines), sum("error" in json.loads(line) for line in lines)
-        self._next = self.done
-        self._waiting: dict[int, str] = {}
         try:
-            self._partial.write_text("".join(lines), encoding="utf-8")
-            self._file = self._partial.open("a", encoding="utf-8")
+            self._file = self._partial.open("a+b")
         except OSError as error:
             raise UserError(f"--output={path}: {error.strerror}") from None
-
-    def _whole_lines(self) -> list[str]:
-        if not self._partial.exists():
-            return []
-        return [line for line in self._partial.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+        self._file.seek(0)
+        whole, _, _ = self._file.read().rpartition(b"\n")
+        self._file.truncate(len(whole) + bool(whole))
+        found = list(self.lines())
+        self.done, self.errors = len(found), sum("error" in record for record in found)
+        self._next = self.done
+        self._waiting: dict[int, bytes] = {}
 
     def write(self, index: int, record: Mapping[str, Any]) -> None:
         """Take the result of input line `index`, from 0."""
         self.errors += "error" in record
-        self._waiting[index] = json.dumps(record, ensure_ascii=False) + "\n"
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        # An error may quote half of a surrogate pair: it goes out as the JSON escape that it came in as.
+        self._waiting[index] = line.encode(errors="backslashreplace")
         while self._next in self._waiting:
             self._file.write(self._waiting.pop(self._next))
             self._file.flush()
@@ -79,10 +80,15 @@ class OrderedWriter:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield what was written so far."""
-        with self._partial.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        self._file.seek(0)
+        yield from map(json.loads, self._file)
 
-    def finish(self) -> None:
-        """Put the file in its place."""
+    def __enter__(self) -> OrderedWriter:
+        return self
+
+    def __exit__(self, exception: type | None, *_) -> None:
         self._file.close()
-        os.replace(self._partial, self._path)
+        if exception is None:
+            os.replace(self._partial, self._path)
+        elif not self._next:
+            self._partial.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ import sys
 from absl import flags
 from etils import epath
 
+from ernie_jax.cli.command import require
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 
@@ -26,7 +28,6 @@ _SAMPLING = {
     "repetition_penalty": (flags.DEFINE_float, "divides the logits of tokens that occurred; 1 is off"),
     "frequency_penalty": (flags.DEFINE_float, "subtracted once per occurrence in the output"),
     "presence_penalty": (flags.DEFINE_float, "subtracted if the token occurs in the output"),
-    "max_new_tokens": (flags.DEFINE_integer, "most tokens to generate for a prompt (256)"),
     "seed": (flags.DEFINE_integer, "makes sampling repeatable; also draws --random_weights"),
 }
 
@@ -65,25 +66,33 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("random_weights", False, "draw weights instead of loading them", flag_values=values)
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
     flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
-    flags.DEFINE_integer("max_sequences", 64, "sequences decoded at the same time", flag_values=values)
     flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (CPU 512, else 2048)", flag_values=values)
     flags.DEFINE_string(
         "ops", None, "an op's backend, as experts=dense (or gather, blocks); default: by shape", flag_values=values
     )
 
 
-def define_sampling_flags(values: flags.FlagValues) -> None:
+def define_sampling_flags(values: flags.FlagValues, max_new_tokens: int) -> None:
     """Define the sampling flags; those not given take the checkpoint's recommendation."""
+    flags.DEFINE_integer("max_new_tokens", max_new_tokens, "most tokens to generate", flag_values=values)
     for name, (define, text) in _SAMPLING.items():
         define(name, None, text, flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "a string that ends the text; may be repeated", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "a string that ends the text", flag_values=values)
     flags.DEFINE_bool("ignore_eos", False, "go on after the end-of-sequence token", flag_values=values)
 
 
 def sampling_fields(values: flags.FlagValues) -> dict:
-    """Return the SamplingParams fields that the flags set."""
-    fields = {name: values[name].value for name in _SAMPLING if values[name].value is not None}
-    return fields | {"stop": tuple(values.stop), "ignore_eos": values.ignore_eos}
+    """Return the SamplingParams fields that the flags set.
+
+    Raises:
+      UserError: if one is out of range; before a large model is loaded for nothing.
+    """
+    from ernie_jax.engine import SamplingParams  # imports JAX
+
+    names = (*_SAMPLING, "max_new_tokens", "stop", "ignore_eos")
+    fields = {name: values[name].value for name in names if values[name].value is not None}
+    SamplingParams.from_dict(fields)
+    return fields
 
 
 def load(values: flags.FlagValues, **options):
@@ -94,8 +103,10 @@ def load(values: flags.FlagValues, **options):
     """
     from ernie_jax.llm import LLM  # imports JAX
 
+    require(values, "model")
     use_compilation_cache()
-    options = {n: values[n].value for n in ("cache_tokens", "max_sequences", "prefill_chunk")} | options
+    names = ("cache_tokens", "max_sequences", "prefill_chunk")
+    options = {name: values[name].value for name in names if name in values} | options
     options["expert_backend"] = _expert_backend(values.ops)
     if values.model in presets():
         if not values.random_weights:
@@ -113,22 +124,29 @@ def load(values: flags.FlagValues, **options):
     return llm
 
 
-def checkpoint_directory(model: str | None, revision: str | None = None) -> str:
-    """Return the converted checkpoint that --model means, converting a Hugging Face source once into the cache.
+def checkpoint_directory(model: str, revision: str | None = None) -> str:
+    """Return the converted checkpoint that --model means, converting a Hugging Face source into the cache.
+
+    That happens once; a directory whose files have changed since is converted again.
 
     Raises:
       UserError: if it is no checkpoint, Hugging Face directory or hub id.
     """
+    from convert import convert
+    from convert.source import Source
     from ernie_jax.checkpoint import is_checkpoint, read_manifest
 
-    if not model:
-        raise UserError("give --model: a checkpoint directory, a Hugging Face directory or hub id, or a preset")
-    path = epath.Path(model)
+    path, files = epath.Path(model), ""
     if path.exists():
-        if is_checkpoint(path) or not (path / "config.json").exists() or (path / "params").exists():
+        if is_checkpoint(path) or (path / "params").exists():
             read_manifest(path)  # raises unless it is a finished checkpoint
             return model
-        identity = str(path.resolve())
+        if not (path / "config.json").exists():
+            raise UserError(
+                f"--model={model}: not a model directory, neither a checkpoint (no manifest.json) nor Hugging Face's "
+                "(no config.json)"
+            )
+        identity, files = str(path.resolve()), json.dumps(Source(model, revision).files(), sort_keys=True)
     elif _HUB_ID.fullmatch(model) and not model.startswith("."):
         identity = model + (f"@{revision}" if revision else "")
     else:
@@ -138,11 +156,11 @@ def checkpoint_directory(model: str | None, revision: str | None = None) -> str:
         )
     name = f"{path.name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
     target = cache_directory() / "checkpoints" / name
-    if not is_checkpoint(target):
-        from convert import convert
-
+    seen = target.with_name(f"{name}.files.json")
+    if not is_checkpoint(target) or not seen.exists() or seen.read_text() != files:
         print(f"converting {model} once into {target}", file=sys.stderr)
-        convert(model, str(target), revision=revision)
+        convert(model, str(target), revision=revision, overwrite=is_checkpoint(target))
+        seen.write_text(files)
     return str(target)
 
 

@@ -28,22 +28,22 @@ def _score(values: flags.FlagValues) -> int:
 
     require(values, "input", "output")
     records = read_objects(values.input)
-    writer = OrderedWriter(values.output, ["score", values.model, values.dtype, list(map(str, records))])
-    llm = models.load(values)
-    if writer.done:
-        print(f"going on after line {writer.done} of an earlier run", file=sys.stderr)
-    todo = []
-    for index, record in enumerate(records[writer.done :], writer.done):
-        try:
-            todo.append((index, _read_text(llm, index + 1, record)))
-        except UserError as error:
-            writer.write(index, {"error": str(error)})
-    with tqdm(total=sum(len(ids) for _, ids in todo), unit="token", desc="score", mininterval=0.5) as bar:
-        for position, score in llm.iter_score([ids for _, ids in todo]):
-            writer.write(todo[position][0], {"token_ids": score.token_ids, "logprobs": score.logprobs})
-            bar.update(len(score.token_ids))
-    logprobs = [value for line in writer.lines() for value in line.get("logprobs", [])[1:]]
-    writer.finish()
+    work = ["score", values.model, values.revision, values.dtype, values.seed, list(map(str, records))]
+    with OrderedWriter(values.output, work) as writer:
+        llm = models.load(values)
+        if writer.done:
+            print(f"going on after line {writer.done} of an earlier run", file=sys.stderr)
+        todo = []
+        for index, record in enumerate(records[writer.done :], writer.done):
+            try:
+                todo.append((index, _read_text(llm, index + 1, record)))
+            except UserError as error:
+                writer.write(index, {"error": str(error)})
+        with tqdm(total=sum(len(ids) for _, ids in todo), unit="token", desc="score", mininterval=0.5) as bar:
+            for position, score in llm.iter_score([ids for _, ids in todo]):
+                writer.write(todo[position][0], {"token_ids": score.token_ids, "logprobs": score.logprobs})
+                bar.update(len(score.token_ids))
+        logprobs = [value for line in writer.lines() for value in line.get("logprobs", [])[1:]]
     if logprobs:
         mean = -math.fsum(logprobs) / len(logprobs)
         print(f"perplexity {math.exp(mean):.4f} over {len(logprobs)} tokens ({mean:.4f} nats each)")

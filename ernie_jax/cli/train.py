@@ -9,7 +9,7 @@ from ernie_jax.cli.command import Command, require
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "the recipe, a TOML file of configs/", flag_values=values)
-    flags.DEFINE_multi_string("set", [], "name=value: override a recipe field; may be repeated", flag_values=values)
+    flags.DEFINE_multi_string("set", [], "name=value: override a recipe field", flag_values=values)
 
 
 def _train(values: flags.FlagValues) -> None:
