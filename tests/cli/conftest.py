@@ -12,6 +12,7 @@ from convert import convert
 from ernie_jax import checkpoint, cli
 
 ROOT = pathlib.Path(__file__).parents[2]
+_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 @dataclasses.dataclass
@@ -25,11 +26,13 @@ class Result:
 def cache(tmp_path_factory) -> pathlib.Path:
     """Keep converted models and compiled programs of all these tests in one new folder, subprocesses' too."""
     directory = tmp_path_factory.mktemp("cache")
-    compiled = jax.config.jax_compilation_cache_dir
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", _LEAST_SECONDS)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ERNIE_JAX_CACHE", str(directory))
+        jax.config.update(_LEAST_SECONDS, 0)
         yield directory
-    jax.config.update("jax_compilation_cache_dir", compiled)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture
