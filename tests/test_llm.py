@@ -18,6 +18,13 @@ EMBEDDED = pathlib.Path(__file__).parents[1] / "models" / "ernie-embedded"
 SIZE = {"cache_tokens": 4096, "max_sequences": 4}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("embedded") / "checkpoint"

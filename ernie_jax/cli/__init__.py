@@ -9,6 +9,8 @@ import importlib
 import os
 import sys
 
+from absl import logging
+
 from ernie_jax.cli.command import Command, UsageError
 from ernie_jax.errors import UserError
 
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv if argv is None else argv
     # JAX takes 75 % of a GPU's memory unless told otherwise; the 21B model alone needs more than half of 80 GB.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is none of the user's business
     word = argv[1] if len(argv) > 1 else "help"
     try:
         if word in ("help", "--help", "-h") and len(argv) <= 2:

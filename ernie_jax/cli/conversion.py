@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from absl import flags
 
 from ernie_jax.cli.command import Command, require
@@ -30,6 +32,7 @@ def _convert(values: flags.FlagValues) -> None:
         overwrite=values.overwrite,
         keep_download=values.keep_download,
     )
+    print(f"wrote {values.target}", file=sys.stderr)
 
 
 def _define_export(values: flags.FlagValues) -> None:
@@ -43,9 +46,8 @@ def _export(values: flags.FlagValues) -> None:
     import convert
 
     require(values, "source", "target")
-    convert.export(
-        values.source, values.target, host_memory_gb=values.host_memory_gb, overwrite=values.overwrite
-    )
+    convert.export(values.source, values.target, host_memory_gb=values.host_memory_gb, overwrite=values.overwrite)
+    print(f"wrote {values.target}", file=sys.stderr)
 
 
 def _define_verify(values: flags.FlagValues) -> None:
@@ -60,7 +62,7 @@ def _verify(values: flags.FlagValues) -> int:
     differences = convert.verify(values.source, values.target)
     for difference in differences:
         print(difference)
-    print(f"{len(differences)} differences" if differences else "equal")
+    print(f"differences: {len(differences)}" if differences else "equal")
     return int(bool(differences))
 
 

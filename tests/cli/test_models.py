@@ -127,6 +127,6 @@ def test_convert_verify_export(run, source, tmp_path):
     before["model.norm.weight"][3] += 1
     save_file(before, source / "model.safetensors", {"format": "pt"})
     result = run("verify", f"--source={source}", f"--target={converted}")
-    assert result.code == 1 and "model.norm.weight" in result.out and "1 differences" in result.out
+    assert result.code == 1 and "model.norm.weight" in result.out and "differences: 1" in result.out
     one_sentence(run("verify", f"--source={source}", f"--target={tmp_path / 'missing'}"), "missing")
     one_sentence(run("export", f"--source={source}", f"--target={tmp_path / 'other'}"), "source")
