@@ -17,6 +17,8 @@ from etils import epath
 from ernie_jax.errors import UserError
 
 MODEL_TYPES = ("ernie4_5", "ernie4_5_moe")
+# Paddle's config files name no model_type.
+_ARCHITECTURES = {"Ernie4_5_ForCausalLM": "ernie4_5", "Ernie4_5_MoeForCausalLM": "ernie4_5_moe"}
 
 # Fields that occur in published or re-saved config files and change nothing in the forward pass of a released model.
 _IGNORED_FIELDS = frozenset("""
@@ -38,7 +40,7 @@ _IGNORED_FIELDS = frozenset("""
     paddleformers_version paddlenlp_version dpo_config kto_config remove_tail_layer
     token_balance_loss token_balance_seqlen disable_ffn_model_parallel disable_pipeline_warmup
     micro_batch_size use_sparse_head_and_loss_fn
-    loss_subbatch_seqlen skip_recompute_ops embedding_dropout
+    loss_subbatch_seqlen skip_recompute_ops embedding_dropout add_tail_layers global_aux_loss use_fast_ln model_name
 """.split())  # noqa: SIM905
 _IGNORED_PREFIXES = ("fuse_", "use_fused_", "use_sparse_", "pipeline_parallel", "virtual_pp", "fp8_", "use_fp8")
 
@@ -136,7 +138,8 @@ class ModelConfig:
             model has.
         """
         fields = dict(fields)
-        model_type = fields.pop("model_type", None)
+        architectures = fields.get("architectures") or [None]
+        model_type = fields.pop("model_type", None) or _ARCHITECTURES.get(architectures[0])
         if model_type in ("ernie4_5_moe_vl", "ernie4_5_vl_moe"):
             raise UserError(f"{source}: model_type {model_type!r} is a vision model; only text models are supported")
         if model_type not in MODEL_TYPES:

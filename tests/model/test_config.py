@@ -51,6 +51,8 @@ def test_forms_that_published_files_take():
     assert (config.moe_layer_end_index, config.rope_theta, config.num_key_value_heads) == (27, 1e4, 20)
     baidu = {"moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_use_aux_free": True, "fuse_rms_norm": True}
     assert ModelConfig.from_hf(fields(**baidu, moe_layer_end_index=-1, eos_token_id=[2, 5])).eos_token_id == 2
+    paddle = fields(architectures=["Ernie4_5_MoeForCausalLM"], model_type=None, add_tail_layers=2, use_fast_ln=True)
+    assert ModelConfig.from_hf(paddle).model_type == "ernie4_5_moe"
     assert ModelConfig.from_hf(fields(rope_scaling=None, moe_gate_act=None, unheard_of=None))
 
 
