@@ -157,15 +157,17 @@ class LLM:
             raise UserError(f"a prompt with the fields {', '.join(conversation)} lacks messages")
         return self.tokenizer.encode(self.template.render(**conversation))
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> None:
-        """Check a prompt and its settings without generating.
+    def check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """Check a prompt and its settings without generating; returns the prompt's token ids.
 
         Raises:
           UserError: if `generate` would refuse them.
         """
-        self.engine.check(self.encode(prompt), params)
+        ids = self.encode(prompt)
+        self.engine.check(ids, params)
         if params.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
+        return ids
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -196,11 +198,9 @@ class LLM:
             raise RuntimeError("a stream of this LLM is open: read it to its end or close it first")
         if params is None or isinstance(params, SamplingParams):
             params = [params or self.sampling_params()] * len(prompts)
-        for prompt, settings in zip(prompts, params, strict=True):
-            self.check(prompt, settings)
+        encoded = [self.check(prompt, settings) for prompt, settings in zip(prompts, params, strict=True)]
         streams = {}
-        for index, (prompt, settings) in enumerate(zip(prompts, params, strict=True)):
-            ids = self.encode(prompt)
+        for index, (prompt, ids, settings) in enumerate(zip(prompts, encoded, params, strict=True)):
             request = self.engine.submit(ids, settings)
             streams[request] = _Stream(index, len(ids), settings, self.tokenizer, _is_chat(prompt))
         try:

@@ -109,8 +109,6 @@ def _read_request(llm, number: int, record: dict | UserError, settings: dict):
         if "tools" in record:
             if given[0] != "messages":
                 raise UserError("tools go with messages")
-            if not isinstance(record["tools"], list):
-                raise UserError("field tools must be a list of functions")
             prompt = {"messages": prompt, "tools": record["tools"]}
         params = llm.sampling_params(**{**settings, **fields})
         llm.check(prompt, params)

@@ -136,7 +136,7 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
     from convert.source import Source
     from ernie_jax.checkpoint import is_checkpoint, read_manifest
 
-    path, files = epath.Path(model), ""
+    path = epath.Path(model)
     if path.exists():
         if is_checkpoint(path) or (path / "params").exists():
             read_manifest(path)  # raises unless it is a finished checkpoint
@@ -146,7 +146,7 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
                 f"--model={model}: not a model directory, neither a checkpoint (no manifest.json) nor Hugging Face's "
                 "(no config.json)"
             )
-        identity, files = str(path.resolve()), json.dumps(Source(model, revision).files(), sort_keys=True)
+        identity = json.dumps([str(path.resolve()), Source(model, revision).files()], sort_keys=True)
     elif _HUB_ID.fullmatch(model) and not model.startswith("."):
         identity = model + (f"@{revision}" if revision else "")
     else:
@@ -154,13 +154,10 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
             f"--model={model}: no such directory, and neither a preset ({', '.join(presets())}) nor a hub id like "
             "baidu/ERNIE-4.5-21B-A3B-PT"
         )
-    name = f"{path.name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
-    target = cache_directory() / "checkpoints" / name
-    seen = target.with_name(f"{name}.files.json")
-    if not is_checkpoint(target) or not seen.exists() or seen.read_text() != files:
+    target = cache_directory() / "checkpoints" / f"{path.name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+    if not is_checkpoint(target):
         print(f"converting {model} once into {target}", file=sys.stderr)
-        convert(model, str(target), revision=revision, overwrite=is_checkpoint(target))
-        seen.write_text(files)
+        convert(model, str(target), revision=revision)
     return str(target)
 
 

@@ -97,6 +97,8 @@ class ChatTemplate:
             some, or the template fails.
         """
         messages = _messages(messages)
+        if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
+            raise UserError("tools must be a list of function tools")
         tools = [_tool(index, tool) for index, tool in enumerate(tools or ())]
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         if name not in self._templates:

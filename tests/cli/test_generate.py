@@ -108,7 +108,7 @@ BAD_LINES = {
     '{"messages": "hello"}': "field messages must be a list of objects",
     '{"messages": [{"role": "user"}]}': "messages[0]: content",
     '{"messages": [{"role": "king", "content": "x"}]}': "messages[0]: role is 'king'",
-    '{"messages": [{"role": "user", "content": "x"}], "tools": 3}': "field tools must be a list",
+    '{"messages": [{"role": "user", "content": "x"}], "tools": 3}': "tools must be a list of function tools",
     '{"prompt": "x", "tools": []}': "tools go with messages",
     '{"prompt": "x", "frob": 1}': "unknown sampling field frob",
     '{"prompt": "x", "\\ud800": 1}': "unknown sampling field",

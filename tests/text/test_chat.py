@@ -291,6 +291,9 @@ def test_messages_that_are_no_list(thinking, messages):
 def test_malformed_tools(thinking):
     with pytest.raises(UserError, match=r"tools\[1\]: expected a function with a name"):
         thinking.render([U1], [TOOLS[0], {"type": "function"}])
+    for tools in (3, "get_weather", {"type": "function"}):
+        with pytest.raises(UserError, match="tools must be a list of function tools"):
+            thinking.render([U1], tools)
 
 
 @pytest.mark.parametrize(
