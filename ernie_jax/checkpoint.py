@@ -43,6 +43,7 @@ SMALL_FILES = (
     "chat_template.jinja",
 )
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
+_READ_BYTES = 1 << 30  # read at the same time
 _GROUP_BYTES = 2 << 30  # restored between two updates of the progress bar
 
 
@@ -109,7 +110,8 @@ def restore(
     _check_parameters(str(directory), {_dotted(p): v.get_value().shape for p, v in abstract}, stored)
 
     context = ocp.Context()
-    context.memory.read_concurrent_bytes = 1 << 30
+    largest = max(_nbytes(v.get_value()) for _, v in abstract)
+    context.memory.read_concurrent_bytes = max(_READ_BYTES, 2 * largest)  # Orbax refuses larger arrays
     total = sum(_nbytes(v.get_value()) for _, v in abstract)
     filled = []
     with (

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from ernie_jax.config import ModelConfig
-from ernie_jax.ops import default_expert_backend, einsum, grouped_mlp
+from ernie_jax.ops import default_expert_backend, einsum, grouped_mlp, linear, swiglu
 
 # (layer index, q [..., K, R, H], k [..., K, H], v [..., K, H], cache) -> (out [..., K, R, H], cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]]
@@ -34,8 +34,7 @@ class Linear(nnx.Module):
             self.bias = parameter(tuple(out.values()), tuple(out), dtype, "zeros")
 
     def __call__(self, subscripts: str, x: jax.Array) -> jax.Array:
-        y = einsum(subscripts, x, self.weight[...])
-        return y + self.bias[...] if hasattr(self, "bias") else y
+        return linear(subscripts, x, self.weight[...], self.bias[...] if hasattr(self, "bias") else None)
 
 
 class RMSNorm(nnx.Module):
@@ -54,7 +53,9 @@ class RMSNorm(nnx.Module):
 def rotary_angles(positions: jax.Array, config: ModelConfig) -> jax.Array:
     """Return float32 rotation angles [..., H/2] of positions [...]."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)
+    # A power rounded once, as torch's is: NumPy's float32 power is off by a step here and there.
+    powers = np.power(config.rope_theta, exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1.0) / powers
     return positions[..., None].astype(jnp.float32) * frequencies
 
 
@@ -99,7 +100,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D]
         gate_up = self.gate_up("...d,xfd->...xf", x)
-        return self.down("...f,df->...d", jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
+        return self.down("...f,df->...d", swiglu(gate_up, axis=-2))
 
 
 class Routing(NamedTuple):

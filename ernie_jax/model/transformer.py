@@ -12,7 +12,7 @@ from flax import nnx
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.model.layers import Attend, DecoderLayer, Linear, RMSNorm, Routing, parameter, rotary_angles
-from ernie_jax.ops import einsum, embed, packed_attention
+from ernie_jax.ops import embed, linear, packed_attention
 from ernie_jax.sharding import shard_abstract
 
 
@@ -107,8 +107,7 @@ class Ernie(nnx.Module):
         with jax.named_scope("head"):
             tied = self.config.tie_word_embeddings
             weight = self.embed.weight if tied else self.head.weight
-            logits = einsum("...d,vd->...v", hidden, weight[...])
-            return logits + self.head.bias[...] if self.config.head_bias else logits
+            return linear("...d,vd->...v", hidden, weight[...], self.head.bias[...] if self.config.head_bias else None)
 
 
 def forward(model: Ernie, tokens: jax.Array) -> jax.Array:

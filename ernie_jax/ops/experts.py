@@ -41,16 +41,17 @@ def default_expert_backend(tokens: int, k: int) -> str:
     return "dense" if tokens <= 256 else "blocks"
 
 
-def _swiglu(gate_up: jax.Array, axis: int) -> jax.Array:
+def swiglu(gate_up: jax.Array, axis: int) -> jax.Array:
+    """Return silu(gate) * up, of which `axis` holds gate and up; silu is computed in float32 and rounded once."""
     gate, up = jnp.moveaxis(gate_up, axis, 0)
-    return jax.nn.silu(gate) * up
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 
 def _dense(x, chosen, weights, gate_up, down):
     """The reference: every expert on every token; tokens that did not choose it have weight zero."""
     experts = jnp.arange(gate_up.shape[0])
     combine = jnp.sum(jnp.where(chosen[..., None] == experts, weights[..., None], 0), axis=1)  # [T, E]
-    hidden = _swiglu(einsum("td,exfd->texf", x, gate_up), axis=2) * combine[..., None]  # [T, E, F]
+    hidden = swiglu(einsum("td,exfd->texf", x, gate_up), axis=2) * combine[..., None]  # [T, E, F]
     return einsum("tef,edf->etd", hidden, down, jnp.float32).sum(0).astype(x.dtype)
 
 
@@ -61,7 +62,7 @@ def _gather(x, chosen, weights, gate_up, down):
         total = 0.0
         for slot in range(chosen.shape[1]):
             expert = chosen[t, slot]
-            hidden = _swiglu(einsum("d,xfd->xf", x[t], gate_up[expert]), axis=0)
+            hidden = swiglu(einsum("d,xfd->xf", x[t], gate_up[expert]), axis=0)
             total += einsum("f,df->d", hidden, down[expert], jnp.float32) * weights[t, slot]
         out.append(total)
     return jnp.stack(out).astype(x.dtype)
@@ -87,7 +88,7 @@ def _blocks(x, chosen, weights, gate_up, down):
     of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), experts - 1)
     rows = jnp.zeros((count * _BLOCK_ROWS, x.shape[1]), x.dtype).at[place].set(jnp.repeat(x, k, axis=0))
     rows = rows.reshape(count, _BLOCK_ROWS, -1)
-    hidden = _swiglu(einsum("nbd,nxfd->nbxf", rows, gate_up[of_block]), axis=2)
+    hidden = swiglu(einsum("nbd,nxfd->nbxf", rows, gate_up[of_block]), axis=2)
     out = einsum("nbf,ndf->nbd", hidden, down[of_block], jnp.float32).reshape(count * _BLOCK_ROWS, -1)
     out = out[place].reshape(tokens, k, -1)
     return jnp.einsum("tkd,tk->td", out, weights.astype(jnp.float32), precision="highest").astype(x.dtype)

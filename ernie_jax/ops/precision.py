@@ -15,3 +15,9 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype | N
     """Contract two arrays, accumulating in float32 and rounding once to `out_dtype` (default: that of `x`)."""
     out = jnp.einsum(subscripts, x, y, precision=precision_of(x, y), preferred_element_type=jnp.float32)
     return out.astype(out_dtype or x.dtype)
+
+
+def linear(subscripts: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Contract and add a bias, both in float32, and round once to the dtype of `x`."""
+    out = einsum(subscripts, x, weight, jnp.float32)
+    return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
