@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import importlib.util
 import os
 import pathlib
 import re
@@ -32,22 +31,12 @@ from convert.table import count_mtp_layers
 from ernie_jax.checkpoint import MANIFEST, SMALL_FILES
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
+from ernie_jax.paths import storage_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HEADER_READERS = 8
-
-
-def storage_path(path: str | os.PathLike) -> epath.Path:
-    """Return the path of a flag, local or gs://.
-
-    Raises:
-      UserError: on gs:// without a package that reads it.
-    """
-    if str(path).startswith("gs://") and not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
-        raise UserError(f"{path}: gs:// paths need the package gcsfs: pip install gcsfs")
-    return epath.Path(path).expanduser()
 
 
 def is_local(path: epath.Path) -> bool:

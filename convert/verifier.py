@@ -16,12 +16,13 @@ from tqdm import tqdm
 from convert.arrays import Arrays, Slab, in_order
 from convert.resources import MAX_THREADS
 from convert.shards import TensorReader
-from convert.source import ForeignModel, Source, read_model, storage_path
+from convert.source import ForeignModel, Source, read_model
 from convert.table import Placement, parameter_dtypes, place
 from convert.target import checksum
 from ernie_jax.checkpoint import parse_dtype, read_manifest
 from ernie_jax.errors import UserError
 from ernie_jax.model import parameter_specs
+from ernie_jax.paths import storage_path
 
 
 def verify(source: str, target: str, *, revision: str | None = None) -> list[str]:

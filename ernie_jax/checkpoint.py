@@ -17,7 +17,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
+from ernie_jax.paths import storage_path
 from ernie_jax.sharding import shard_abstract
 
 FORMAT = "ernie_jax"
@@ -56,7 +56,7 @@ def parse_dtype(name: str) -> jnp.dtype:
 
 def is_checkpoint(directory: str | os.PathLike) -> bool:
     """Tell whether a directory holds a finished ernie_jax checkpoint."""
-    return (epath.Path(directory) / MANIFEST).exists()
+    return (storage_path(directory) / MANIFEST).exists()
 
 
 def read_manifest(directory: str | os.PathLike) -> dict:
@@ -65,7 +65,7 @@ def read_manifest(directory: str | os.PathLike) -> dict:
     Raises:
       UserError: if the directory is missing, unfinished, foreign, or of a newer format.
     """
-    directory = epath.Path(directory)
+    directory = storage_path(directory)
     if not directory.exists():
         raise UserError(f"{directory}: no such directory")
     if not is_checkpoint(directory):
@@ -87,7 +87,7 @@ def read_manifest(directory: str | os.PathLike) -> dict:
 def read_config(directory: str | os.PathLike) -> ModelConfig:
     """Read the ModelConfig of a checkpoint, with as many multi-token-prediction layers as it has weights for."""
     manifest = read_manifest(directory)
-    config = ModelConfig.from_file(epath.Path(directory) / "config.json")
+    config = ModelConfig.from_file(storage_path(directory) / "config.json")
     return dataclasses.replace(config, num_nextn_predict_layers=manifest["num_nextn_predict_layers"])
 
 
@@ -122,7 +122,7 @@ def restore(
             tree = {tuple(map(str, path)): variable.get_value() for path, variable in group}
             skipped = {tuple(name.split(".")): ocp.PLACEHOLDER for name in stored}
             arrays = nnx.traversals.flatten_mapping(
-                ocp.load(epath.Path(directory) / PARAMS, nnx.traversals.unflatten_mapping(skipped | tree))
+                ocp.load(storage_path(directory) / PARAMS, nnx.traversals.unflatten_mapping(skipped | tree))
             )
             filled += [(path, variable.replace(arrays[tuple(map(str, path))])) for path, variable in group]
             bar.update(sum(_nbytes(v.get_value()) for _, v in group))
@@ -140,7 +140,7 @@ def save(directory: str | os.PathLike, model: Ernie, small_files: dict[str, byte
     Raises:
       UserError: if the directory exists and is not empty.
     """
-    directory = epath.Path(directory)
+    directory = storage_path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: exists and is not empty; choose another directory or delete it")
     directory.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
 from ernie_jax.engine.engine import FinishReason, TokenEvent
 from ernie_jax.errors import UserError
-from ernie_jax.model import Ernie, forward, initialize
+from ernie_jax.model import Ernie, forward, initialize, parameter_specs
+from ernie_jax.paths import storage_path
 from ernie_jax.text import ChatTemplate, IncrementalDetokenizer, StopStringMatcher, Tokenizer, check_vocabulary
 
 # Text, token ids, chat messages, or {"messages": [...], "tools": [...]}.
@@ -117,9 +119,11 @@ class LLM:
         Raises:
           UserError: if the directory is no converted checkpoint (nothing is converted here), or does not fit.
         """
-        directory, options = epath.Path(directory), EngineOptions(**options)
+        directory, options = storage_path(directory), EngineOptions(**options)
         mesh = sharding.make_mesh()
-        model = checkpoint.restore(directory, mesh, checkpoint.parse_dtype(dtype) if dtype else None, progress)
+        weights = checkpoint.parse_dtype(dtype or checkpoint.read_manifest(directory)["dtype"])
+        _check_weights_fit(checkpoint.read_config(directory), weights, mesh.devices.flat[0])
+        model = checkpoint.restore(directory, mesh, weights, progress)
         return cls(model, mesh, directory, options)
 
     @classmethod
@@ -127,6 +131,7 @@ class LLM:
         """Make a model with random weights, drawn on the device: for sizing, timing and tests."""
         options, mesh = EngineOptions(**options), sharding.make_mesh()
         model = Ernie(config, checkpoint.parse_dtype(dtype))
+        _check_weights_fit(config, checkpoint.parse_dtype(dtype), mesh.devices.flat[0])
         initialize(model, mesh, seed)
         return cls(model, mesh, None, options)
 
@@ -300,6 +305,18 @@ def _is_chat(prompt: Prompt) -> bool:
     """Tell messages from text and token ids."""
     messages = isinstance(prompt, Sequence) and any(isinstance(message, Mapping) for message in prompt)
     return messages or isinstance(prompt, Mapping)
+
+
+def _check_weights_fit(config: ModelConfig, dtype: jnp.dtype, device: jax.Device) -> None:
+    """Refuse weights that exceed the device's free memory, where the device tells (a CPU does not)."""
+    stats = device.memory_stats() or {}
+    need = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in parameter_specs(config, dtype).values())
+    free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+    if need > free:
+        raise UserError(
+            f"the weights take {need / 1e9:.1f} GB in {dtype.name}, and {device.device_kind} has {free / 1e9:.1f} GB "
+            "free; use a smaller --dtype or a larger device"
+        )
 
 
 def _optional_json(path: epath.Path) -> dict:

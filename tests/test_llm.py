@@ -5,14 +5,17 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ernie_jax
 from convert import convert
 from ernie_jax import SamplingParams, UserError, checkpoint
+from ernie_jax.llm import _check_weights_fit
 
 EMBEDDED = pathlib.Path(__file__).parents[1] / "models" / "ernie-embedded"
 SIZE = {"cache_tokens": 4096, "max_sequences": 4}
@@ -257,3 +260,17 @@ def test_dtype_and_sizes(tiny_directory):
         llm.generate([[5] * 250], greedy(10))
     with pytest.raises(UserError, match="dtype 'int8'"):
         ernie_jax.load(tiny_directory, dtype="int8")
+
+
+def test_weights_that_exceed_the_device_are_refused():
+    config = ernie_jax.ModelConfig.from_file(EMBEDDED.parents[1] / "configs" / "ernie-4.5-21b-a3b-thinking.json")
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 24e9, "bytes_in_use": 1e9}, device_kind="Toy")
+    with pytest.raises(UserError, match=r"the weights take 43\.7 GB in bfloat16, and Toy has 23\.0 GB free"):
+        _check_weights_fit(config, jnp.dtype(jnp.bfloat16), device)
+
+
+def test_relative_paths_and_home(directory, monkeypatch):
+    monkeypatch.chdir(directory.parent)
+    assert ernie_jax.load(directory.name, **SIZE).tokenizer
+    monkeypatch.setenv("HOME", str(directory.parent))
+    assert checkpoint.read_manifest(f"~/{directory.name}")["format"] == "ernie_jax"

@@ -8,18 +8,16 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import sys
 
 from absl import flags
-from etils import epath
 
 from ernie_jax.cli.command import require
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
+from ernie_jax.paths import storage_path
 
 _PACKAGE = pathlib.Path(__file__).parent.parent
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAMPLING = {
     "temperature": (flags.DEFINE_float, "divides the logits; 0 is greedy"),
     "top_p": (flags.DEFINE_float, "keep the smallest set of likeliest tokens with this mass"),
@@ -132,11 +130,11 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
     Raises:
       UserError: if it is no checkpoint, Hugging Face directory or hub id.
     """
-    from convert import convert
+    from convert import convert, is_hub_id
     from convert.source import Source
     from ernie_jax.checkpoint import is_checkpoint, read_manifest
 
-    path = epath.Path(model)
+    path = storage_path(model)
     if path.exists():
         if is_checkpoint(path) or (path / "params").exists():
             read_manifest(path)  # raises unless it is a finished checkpoint
@@ -147,7 +145,7 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
                 "(no config.json)"
             )
         identity = json.dumps([str(path.resolve()), Source(model, revision).files()], sort_keys=True)
-    elif _HUB_ID.fullmatch(model) and not model.startswith("."):
+    elif is_hub_id(model):
         identity = model + (f"@{revision}" if revision else "")
     else:
         raise UserError(

@@ -193,24 +193,28 @@ class Engine:
         waiting = deque(_Sequence(i, prompt, SamplingParams()) for i, prompt in enumerate(prompts))
         active: list[_Sequence] = []
         parts: dict[int, list[tuple[jax.Array, slice]]] = {i: [] for i in range(len(prompts))}
-        while waiting or active:
-            while waiting and len(active) < _PREFILL_ROWS and self._reserve(waiting[0], len(waiting[0].prompt)):
-                active.append(waiting.popleft())
-            chosen, batch = self._prefill_batch(active)
-            targets = np.zeros(len(batch.tokens), np.int32)
-            places = [slice(*batch.starts[row : row + 2]) for row in range(len(chosen))]
-            for sequence, place in zip(chosen, places, strict=True):
-                after = sequence.prompt[sequence.computed + 1 :][: place.stop - place.start]
-                targets[place.start : place.start + len(after)] = after
-            logprobs, self._pages = self._step.score(self._pages, batch, targets)
-            for sequence, place in zip(chosen, places, strict=True):
-                parts[sequence.request].append((logprobs, place))
-                sequence.computed += place.stop - place.start
-                if sequence.computed == len(sequence.prompt):
-                    active.remove(sequence)
-                    self._allocator.release(sequence.pages)
-                    pieces = [np.asarray(array)[where] for array, where in parts.pop(sequence.request)]
-                    yield sequence.request, np.concatenate(pieces)[:-1].tolist()
+        try:
+            while waiting or active:
+                while waiting and len(active) < _PREFILL_ROWS and self._reserve(waiting[0], len(waiting[0].prompt)):
+                    active.append(waiting.popleft())
+                chosen, batch = self._prefill_batch(active)
+                targets = np.zeros(len(batch.tokens), np.int32)
+                places = [slice(*batch.starts[row : row + 2]) for row in range(len(chosen))]
+                for sequence, place in zip(chosen, places, strict=True):
+                    after = sequence.prompt[sequence.computed + 1 :][: place.stop - place.start]
+                    targets[place.start : place.start + len(after)] = after
+                logprobs, self._pages = self._step.score(self._pages, batch, targets)
+                for sequence, place in zip(chosen, places, strict=True):
+                    parts[sequence.request].append((logprobs, place))
+                    sequence.computed += place.stop - place.start
+                    if sequence.computed == len(sequence.prompt):
+                        active.remove(sequence)
+                        self._allocator.release(sequence.pages)
+                        pieces = [np.asarray(array)[where] for array, where in parts.pop(sequence.request)]
+                        yield sequence.request, np.concatenate(pieces)[:-1].tolist()
+        finally:
+            for sequence in active:  # if the caller stops early
+                self._allocator.release(sequence.pages)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Check a request without queueing it; raises as `submit`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie, initialize
 from ernie_jax.ops import EXPERT_BACKENDS, packed_attention
+from ernie_jax.paths import storage_path
 from ernie_jax.sharding import make_mesh
 from ernie_jax.train.data import Batch, TrainingData, heldout_batches, read_documents
 from ernie_jax.train.losses import balanced_bias, cross_entropy, expert_usage
@@ -142,7 +142,7 @@ def run(recipe: Recipe, progress: bool = True) -> dict[str, float]:
     Raises:
       UserError: if inputs are missing or do not fit together, or `output` holds another or a finished run.
     """
-    source = epath.Path(recipe.model)
+    source = storage_path(recipe.model)
     config = ModelConfig.from_file(source / "config.json")
     if recipe.sequence_length > config.max_position_embeddings:
         raise UserError(
@@ -152,7 +152,7 @@ def run(recipe: Recipe, progress: bool = True) -> dict[str, float]:
     training, heldout = _read_data(recipe, config)
     trainer = Trainer(recipe, config)
     # Orbax takes no relative paths.
-    output = epath.Path(recipe.output if "://" in recipe.output else os.path.abspath(recipe.output))
+    output = storage_path(recipe.output)
     _claim(output, recipe)
 
     state = trainer.initial_state()
@@ -203,7 +203,7 @@ def _decays(name: str) -> bool:
 
 def _read_data(recipe: Recipe, config: ModelConfig) -> tuple[TrainingData, dict[str, list[Batch]]]:
     """Return the training batches, and the held-out batches of each source."""
-    directory = epath.Path(recipe.data)
+    directory = storage_path(recipe.data)
     shape = recipe.batch_size, recipe.sequence_length
     paths = [directory / f"{name}.train.npy" for name, times in recipe.sources.items() for _ in range(times)]
     documents = read_documents(paths, config.eos_token_id, config.vocab_size)

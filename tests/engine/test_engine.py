@@ -80,6 +80,13 @@ def test_scores_equal_the_cacheless_forward(engine, logits, rng):
     assert engine._allocator.num_free == engine.num_pages - 1
 
 
+def test_scoring_that_is_stopped_early_frees_its_pages(engine, rng):
+    scores = engine.score(prompts_of(rng, 5, 200, 150))
+    next(scores)
+    scores.close()
+    assert engine._allocator.num_free == engine.num_pages - 1
+
+
 def test_a_stop_id_ends_a_sequence_at_once_and_surplus_tokens_are_dropped(engine, rng):
     (prompt,) = prompts_of(rng, 9)
     engine.submit(prompt, SamplingParams(max_new_tokens=24, temperature=0.0, ignore_eos=True))

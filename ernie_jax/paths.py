@@ -1,0 +1,23 @@
+"""Paths of flags and arguments: local or gs://."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from etils import epath
+
+from ernie_jax.errors import UserError
+
+
+def storage_path(path: str | os.PathLike) -> epath.Path:
+    """Return a path, a local one absolute (Orbax asks for that) and with ~ expanded.
+
+    Raises:
+      UserError: on gs:// without a package that reads it.
+    """
+    if "://" in str(path):
+        if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+            raise UserError(f"{path}: gs:// paths need the package gcsfs: pip install gcsfs")
+        return epath.Path(path)
+    return epath.Path(os.path.abspath(os.path.expanduser(path)))
