@@ -1,6 +1,6 @@
 """Convert ERNIE 4.5 checkpoints: Hugging Face (or Paddle) safetensors to Orbax and back.
 
-The only place that knows foreign tensor names; `python -m convert` is the command line of `convert` alone.
+The only place that knows foreign tensor names; `python -m convert` is `main.py convert`.
 """
 
 from convert.converter import convert
