@@ -39,7 +39,7 @@ class EngineOptions:
     Attributes:
       cache_tokens: tokens that the KV cache holds over all sequences; None takes what fits in the device's memory.
       max_sequences: sequences decoded at the same time.
-      prefill_chunk: most prompt tokens of a step; None takes 512 on a CPU, else 2048.
+      prefill_chunk: most prompt tokens of a step; None takes 2048 on a GPU, else 512.
       page_size: tokens of a cache page.
       expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by the number of tokens.
     """
@@ -121,7 +121,8 @@ class Engine:
         self.config = model.config
         options = options or EngineOptions()
         if options.prefill_chunk is None:
-            chunk = 512 if mesh.devices.flat[0].platform == "cpu" else 2048
+            # On a TPU, XLA's scatter of 2,048 tokens changes the layout of the whole cache; that of 512 does not.
+            chunk = 2048 if mesh.devices.flat[0].platform == "gpu" else 512
             options = dataclasses.replace(options, prefill_chunk=chunk)
         self.options = options
         self.dtype = model.embed.weight.dtype

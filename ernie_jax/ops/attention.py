@@ -68,7 +68,13 @@ def paged_attention(
     table = jnp.pad(batch.page_table, ((0, 1), (0, 0)), constant_values=len(pages) - 1)  # row of padding tokens
     page = table[batch.rows, batch.positions // page_size]
     new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim).astype(pages.dtype)
-    pages = pages.at[page, batch.positions % page_size].set(new, mode="promise_in_bounds")
+    slot = batch.positions % page_size
+    if tokens == 1:
+        # XLA makes a single write a dynamic-update-slice, for which a TPU changes the layout of the whole cache and
+        # back; a second one, to the scratch page, keeps it a scatter.
+        page = jnp.pad(page, (0, 1), constant_values=len(pages) - 1)
+        slot, new = jnp.tile(slot, 2), jnp.tile(new, (2, 1, 1))
+    pages = pages.at[page, slot].set(new, mode="promise_in_bounds")
     # Without the barrier XLA may fuse the write into the reads below as well, and then copies the whole cache first.
     pages = jax.lax.optimization_barrier(pages)
 
