@@ -89,7 +89,14 @@ def test_ctrl_c_stops_the_answer_only(embedded):
     arguments = [f"--model={embedded}", "--ignore_eos", "--max_new_tokens=3500", "--temperature=0", *SIZE]
     screen, terminal = pty.openpty()
     command = [sys.executable, ROOT / "main.py", "chat", *arguments]
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+    )
     os.close(terminal)
     seen = ""
 
@@ -108,7 +115,7 @@ def test_ctrl_c_stops_the_answer_only(embedded):
             wait_for(r"\n.{40}")
             process.send_signal(signal.SIGINT)
             wait_for(r"\[stopped\]\s+> $")
-        for _ in range(10):  # readline misses a signal that comes while it sets itself up
+        for _ in range(10):  # input() sleeps through a signal that comes between its prompt and its waiting
             process.send_signal(signal.SIGINT)
             if select.select([screen], [], [], 2)[0]:
                 break
