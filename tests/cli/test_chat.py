@@ -89,14 +89,10 @@ def test_ctrl_c_stops_the_answer_only(embedded):
     arguments = [f"--model={embedded}", "--ignore_eos", "--max_new_tokens=3500", "--temperature=0", *SIZE]
     screen, terminal = pty.openpty()
     command = [sys.executable, ROOT / "main.py", "chat", *arguments]
-    process = subprocess.Popen(
-        command,
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
-    )
+    # A background shell has Ctrl-C ignored, which programs inherit.
+    hears = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", hears, *command]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     seen = ""
 
