@@ -9,7 +9,7 @@ demo: setup
 	$(PYTHON) main.py demo
 
 test: setup lint
-	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
 # Compares with transformers, live, on checkpoints that it writes for the occasion (in .parity, an environment of its own).
 parity: setup

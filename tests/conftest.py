@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,8 +47,3 @@ def tiny_model(tiny_config) -> Ernie:
     model = Ernie(tiny_config, jnp.float32)
     initialize(model, make_mesh(), seed=3, scale=0.1)
     return model
-
-
-@pytest.fixture(scope="session")
-def on_gpu() -> bool:
-    return jax.default_backend() == "gpu"
