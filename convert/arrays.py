@@ -12,10 +12,10 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from convert.source import is_local
 from convert.table import Placement
 from convert.target import STATE
 from ernie_jax.errors import UserError
+from ernie_jax.paths import is_local
 
 CACHE_BYTES = 128 << 20  # so that a chunk of gate and up is read once for the tensors of both
 _SLAB_BYTES = 32 << 20

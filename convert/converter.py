@@ -17,12 +17,12 @@ from tqdm import tqdm
 from convert.chunks import CHUNK_BYTES, Chunk, plan_parameters
 from convert.resources import check_free, explain_disk_errors, say, thread_count
 from convert.shards import TensorReader
-from convert.source import ForeignModel, Source, is_local, read_model
+from convert.source import ForeignModel, Source, read_model
 from convert.table import parameter_dtypes, place
 from convert.target import JOURNAL, Target, chunk_name
 from ernie_jax.checkpoint import parse_dtype
 from ernie_jax.model import parameter_specs
-from ernie_jax.paths import storage_path
+from ernie_jax.paths import is_local, storage_path
 
 # What is journaled at once. While one group is brought to the disk the next is written: a conversion that is killed
 # writes at most these two again.

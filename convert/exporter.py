@@ -17,13 +17,13 @@ from tqdm import tqdm
 from convert.arrays import CACHE_BYTES, Arrays, Slab, in_order
 from convert.resources import check_free, explain_disk_errors, say, thread_count
 from convert.shards import FLOAT_DTYPES, StoredTensor, encode_header
-from convert.source import INDEX, SINGLE, is_local
+from convert.source import INDEX, SINGLE
 from convert.table import Placement, expand, is_lossless, place
 from ernie_jax.checkpoint import SMALL_FILES, read_config, read_manifest
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 from ernie_jax.model import parameter_specs
-from ernie_jax.paths import storage_path
+from ernie_jax.paths import is_local, storage_path
 
 _SHARD_BYTES = 5_000_000_000  # of a checkpoint that never came in shards
 _DTYPE_NAMES = {FLOAT_DTYPES[name]: name for name in ("BF16", "F16", "F32")}

@@ -31,16 +31,12 @@ from convert.table import count_mtp_layers
 from ernie_jax.checkpoint import MANIFEST, SMALL_FILES
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
-from ernie_jax.paths import storage_path
+from ernie_jax.paths import is_local, storage_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HEADER_READERS = 8
-
-
-def is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
 
 
 def is_hub_id(source: str) -> bool:

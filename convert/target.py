@@ -27,10 +27,10 @@ import numpy as np
 from etils import epath
 
 from convert.chunks import Chunk, Parameter
-from convert.source import is_local
 from ernie_jax.checkpoint import FORMAT, MANIFEST, PARAMS, VERSION
 from ernie_jax.config import read_json
 from ernie_jax.errors import UserError
+from ernie_jax.paths import is_local
 
 JOURNAL = ".conversion"
 STATE = f"{PARAMS}/state"

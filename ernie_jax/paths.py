@@ -16,8 +16,13 @@ def storage_path(path: str | os.PathLike) -> epath.Path:
     Raises:
       UserError: on gs:// without a package that reads it.
     """
-    if "://" in str(path):
+    if not is_local(path):
         if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
             raise UserError(f"{path}: gs:// paths need the package gcsfs: pip install gcsfs")
         return epath.Path(path)
     return epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def is_local(path: str | os.PathLike) -> bool:
+    """Tell whether a path is on this machine's own file system."""
+    return "://" not in str(path)

@@ -51,7 +51,8 @@ def _export(values: flags.FlagValues) -> None:
 
 
 def _define_verify(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("source", None, "the Hugging Face directory that was converted", flag_values=values)
+    flags.DEFINE_string("source", None, "the Hugging Face directory or hub id that was converted", flag_values=values)
+    flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
     flags.DEFINE_string("target", None, "the converted checkpoint", flag_values=values)
 
 
@@ -59,7 +60,7 @@ def _verify(values: flags.FlagValues) -> int:
     import convert
 
     require(values, "source", "target")
-    differences = convert.verify(values.source, values.target)
+    differences = convert.verify(values.source, values.target, revision=values.revision)
     for difference in differences:
         print(difference)
     print(f"differences: {len(differences)}" if differences else "equal")
