@@ -1,0 +1,1 @@
+"""What a model needs on given chips, and what it costs there: memory, collectives, roofline."""
