@@ -8,20 +8,13 @@ import re
 
 from absl import flags
 
+from ernie_jax.chips import CHIPS
 from ernie_jax.cli import models
 from ernie_jax.cli.command import Command, require
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 
-# Bytes of a chip's memory for weights and cache; a part stays free for temporaries. TPUs: what the compiler can use.
-_CHIPS = {
-    "TPU v5e": 0.95 * 15.75 * 2**30,
-    "TPU v6e": 0.95 * 31.24 * 2**30,
-    "TPU v5p": 0.95 * 95.73 * 2**30,
-    "GPU 24 GB": 0.9 * 24e9,
-    "GPU 80 GB": 0.9 * 80e9,
-    "GPU 141 GB": 0.9 * 141e9,
-}
+_USED = 0.95  # of a device's memory for weights and cache; the rest stays free for temporaries
 _GROUPS = (
     ("embedding", r"embed\."),
     ("attention", r"layers\.\d+\.attention\."),
@@ -52,7 +45,7 @@ def _info(values: flags.FlagValues) -> None:
     from ernie_jax.model import parameter_specs
 
     require(values, "model")
-    config, stored, source = _read(values.model, values.revision)
+    config, stored, source = read_model(values.model, values.revision)
     dtype = parse_dtype(values.dtype or stored)
     print(f"{values.model} ({source})\n")
     for field in dataclasses.fields(config):
@@ -72,14 +65,19 @@ def _info(values: flags.FlagValues) -> None:
     per_token = bytes_per_token(config, dtype)
     print(f"\n  KV cache: {per_token:,} bytes a token, {per_token * config.max_position_embeddings / 1e9:.2f} GB for "
           f"{config.max_position_embeddings:,} tokens")
-    print(f"\n  {'device':<14}{'fewest':>8}{'tokens of KV cache left':>28}   ({dtype.name} weights, evenly spread)")
-    for name, memory in _CHIPS.items():
+    print(f"\n  {'chip':<18}{'fewest':>8}{'tokens of KV cache left':>28}   ({dtype.name} weights, evenly spread)")
+    for chip in CHIPS.values():
+        memory = _USED * chip.devices * chip.device_memory
         chips = 1 << max(0, math.ceil(math.log2(total / memory)))
-        print(f"  {name:<14}{chips:>8}{int((chips * memory - total) // per_token):>28,}")
+        print(f"  {chip.title:<18}{chips:>8}{int((chips * memory - total) // per_token):>28,}")
 
 
-def _read(model: str, revision: str | None) -> tuple[ModelConfig, str, str]:
-    """Return the config, the stored dtype, and what kind of thing --model is; reads no weights."""
+def read_model(model: str, revision: str | None) -> tuple[ModelConfig, str, str]:
+    """Return the config, the stored dtype, and what kind of thing --model is; reads no weights.
+
+    Raises:
+      UserError: if it is no preset, checkpoint or Hugging Face model.
+    """
     from convert.source import Source
     from ernie_jax.checkpoint import is_checkpoint, read_config, read_manifest
 
