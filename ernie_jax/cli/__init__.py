@@ -11,6 +11,7 @@ import sys
 
 from absl import logging
 
+from ernie_jax import distributed
 from ernie_jax.cli.command import Command, UsageError
 from ernie_jax.errors import UserError
 
@@ -42,18 +43,20 @@ def main(argv: list[str] | None = None) -> None:
         else:
             word, arguments = (argv[2], ["--help"]) if word == "help" else (word, argv[2:])
             code = _find(word).main(arguments)
+        distributed.finish()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        distributed.stop(f"error: {error}", 2)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
+        distributed.stop(f"error: {error}", 1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        distributed.stop("interrupted", 130)
     except BrokenPipeError:  # `| head`: what was asked for has been read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        distributed.stop("", 0)
+    except Exception as error:
+        if distributed.process_count() == 1:
+            raise
+        distributed.crash(error)
     sys.exit(code)
 
 

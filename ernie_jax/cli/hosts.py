@@ -1,0 +1,72 @@
+"""The flags with which several processes run one command, on one host or many."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+
+from absl import flags
+
+from ernie_jax import distributed
+from ernie_jax.cli.command import UsageError
+from ernie_jax.errors import UserError
+from ernie_jax.version import VERSION
+
+_OWN = ("coordinator", "process_id")  # may differ: a host can have two names
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags that tell a process of the others."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, when several processes run this command together; on TPU pods, SLURM and Open MPI the "
+        "three flags are found",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "how many processes there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "the number of this one, from 0", lower_bound=0, flag_values=values)
+
+
+def join(values: flags.FlagValues, devices: bool = True) -> None:
+    """Meet the processes that run this command too; only process 0 goes on writing to stdout.
+
+    Args:
+      devices: make `jax.devices` those of all processes.
+
+    Raises:
+      UsageError: if the flags contradict each other.
+      UserError: if a process does not come or was started differently.
+    """
+    facts = {f"--{name}": values[name].value for name in values if name not in _OWN}
+    facts |= {"ernie_jax's version": VERSION, "JAX's version": importlib.metadata.version("jax")}
+    distributed.start(_place(values), facts, devices)
+    if not distributed.is_primary():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def refuse_several(command: str) -> None:
+    """Check that the environment has started one process only, for a command that knows no others.
+
+    Raises:
+      UserError: if it has started several.
+    """
+    if (place := distributed.detect()).count > 1:
+        raise UserError(f"{command} runs in one process, and here are {place.count}: use a machine of its own")
+
+
+def _place(values: flags.FlagValues) -> distributed.Place:
+    given = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return distributed.detect()
+    if missing:
+        raise UsageError(f"--coordinator, --num_processes and --process_id go together; give {' and '.join(missing)}")
+    distributed.parse_address(values.coordinator)
+    if values.process_id >= values.num_processes:
+        raise UsageError(
+            f"--process_id={values.process_id}: the numbers of {values.num_processes} processes are 0 to "
+            f"{values.num_processes - 1}"
+        )
+    return distributed.Place(values.process_id, values.num_processes, values.coordinator)

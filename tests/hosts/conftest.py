@@ -1,0 +1,110 @@
+"""Several processes on this machine, as if they were hosts."""
+
+import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+class Processes:
+    """Processes of one run, told by flags or environment variables which they are."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._started: dict[int, subprocess.Popen] = {}
+
+    def start(self, index: int, arguments: Sequence[object], **environment: object) -> None:
+        """Start a Python process with the arguments; what it prints goes to files."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
+        variables = clean | {"PYTHONPATH": str(ROOT)} | {name: str(value) for name, value in environment.items()}
+        with self._file(index, "out").open("w") as out, self._file(index, "err").open("w") as err:
+            self._started[index] = subprocess.Popen(
+                [sys.executable, *map(str, arguments)], stdout=out, stderr=err, env=variables, cwd=ROOT
+            )
+
+    def kill(self, index: int) -> None:
+        self._started[index].kill()
+
+    def wait(self, seconds: float = 30) -> list[Result]:
+        """Return how each ended, by index; fails if one is still there after so many seconds."""
+        deadline = time.monotonic() + seconds
+        codes = {i: self._started[i].wait(max(0.1, deadline - time.monotonic())) for i in sorted(self._started)}
+        return [Result(code, self._read(i, "out"), self._read(i, "err")) for i, code in codes.items()]
+
+    def wait_for(self, index: int, text: str, seconds: float = 60) -> None:
+        """Wait until a process has printed something."""
+        deadline = time.monotonic() + seconds
+        while text not in (printed := self._read(index, "out") + self._read(index, "err")):
+            assert time.monotonic() < deadline, printed
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        for process in self._started.values():
+            process.kill()
+            process.wait()
+
+    def _read(self, index: int, kind: str) -> str:
+        return self._file(index, kind).read_text()
+
+    def _file(self, index: int, kind: str) -> pathlib.Path:
+        return self._folder / f"{kind}.{index}"
+
+
+@pytest.fixture
+def processes(tmp_path) -> Iterator[Processes]:
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    running = Processes(folder)
+    yield running
+    running.end()
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def run_together(tmp_path, port) -> Callable[..., list[Result]]:
+    """Run one command line of main.py in `count` processes with two virtual devices each, and return how they ended."""
+
+    def call(count: int, *arguments: object, seconds: float = 120) -> list[Result]:
+        folder = tmp_path / f"run-{time.monotonic_ns()}"
+        folder.mkdir()
+        running = Processes(folder)
+        try:
+            for index in range(count):
+                start_main(running, index, count, port, arguments)
+            return running.wait(seconds)
+        finally:
+            running.end()
+
+    return call
+
+
+def start_main(running: Processes, index: int, count: int, port: int, arguments: Sequence[object]) -> None:
+    """Start one process of a command line of main.py."""
+    flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
+    running.start(
+        index,
+        ["main.py", *arguments, *flags],
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        JAX_DISABLE_MOST_OPTIMIZATIONS=1,
+    )
