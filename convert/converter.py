@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
+import itertools
 import os
 import pathlib
 import queue
@@ -15,12 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.chunks import CHUNK_BYTES, Chunk, plan_parameters
-from convert.resources import check_free, explain_disk_errors, say, thread_count
+from convert.resources import check_free, explain_disk_errors, thread_count
 from convert.shards import TensorReader
 from convert.source import ForeignModel, Source, read_model
 from convert.table import parameter_dtypes, place
 from convert.target import JOURNAL, Target, chunk_name
+from ernie_jax import distributed
 from ernie_jax.checkpoint import parse_dtype
+from ernie_jax.distributed import say
 from ernie_jax.model import parameter_specs
 from ernie_jax.paths import is_local, storage_path
 
@@ -43,14 +47,15 @@ def convert(
 ) -> None:
     """Convert a Hugging Face (or Paddle) checkpoint to a self-contained ernie_jax checkpoint.
 
-    An unfinished target of the same source and options goes on where it was.
+    An unfinished target of the same source and options goes on where it was. Processes of a team (`distributed.start`)
+    that call this together each convert a part.
 
     Args:
       source: a directory, local or gs://, or a hub id.
       target: the directory to write, local or gs://.
       revision: branch, tag or commit of a hub id.
       dtype: "bfloat16", "float32" or "float16" for everything but the router; default: each tensor's own.
-      host_memory_gb: how much anonymous memory to use at most.
+      host_memory_gb: how much anonymous memory to use at most, in each process.
       overwrite: replace a checkpoint that is at the target, finished or not.
       keep_download: leave the shards of a hub id in Hugging Face's cache; by default each is deleted once written.
 
@@ -66,29 +71,60 @@ def convert(
     parameters = plan_parameters(placements, shapes, parameter_dtypes(model.config, placements, requested))
     _say_what_is_odd(model, ignored)
 
+    shards = {file: [fields["bytes"], fields["header"]] for file, fields in model.fingerprint["shards"].items()}
+    distributed.agree({f"the content of --source={source}": [shards, model.fingerprint["small_files"]]})
     plan = {"source": source, "revision": origin.revision, "dtype": dtype, "chunk_bytes": CHUNK_BYTES}
     out = Target(storage_path(target), plan | model.fingerprint, overwrite)
     remaining = [chunk for parameter in parameters for chunk in parameter.chunks()]
     total = sum(chunk.nbytes for chunk in remaining)
     remaining = [chunk for chunk in remaining if chunk_name(chunk) not in out.checksums]
+    todo = sum(chunk.nbytes for chunk in remaining)
     # By the last shard that each needs, so that a shard can be released before the next but one is fetched.
     rank = {file: position for position, file in enumerate(model.headers)}
     remaining.sort(key=lambda chunk: max(rank[file] for file in chunk.sources()))
     with out, _staging(out) as staging, explain_disk_errors(out.path, "it goes on where it was"):
-        todo = sum(chunk.nbytes for chunk in remaining)
         _check_disk(out, todo, model, staging)
         if out.is_resumed:
             say(f"{target}: resuming at {(total - todo) / 1e9:.2f} of {total / 1e9:.2f} GB")
         out.begin()
-        for parameter in parameters:
-            out.add_parameter(parameter)
-        with tqdm(total=total, initial=total - todo, unit="B", unit_scale=True, desc="convert") as bar:
-            _write_chunks(remaining, out, origin, staging, threads, bar)
+        out.add_parameters(parameters)
+        with _Progress(total, total - todo) as progress:
+            _write_chunks(_part(remaining), out, origin, staging, threads, progress)
         out.finish(parameters, model.small_files, _facts(model, requested, ignored, parameters))
 
 
+class _Progress:
+    """A bar in process 0 that counts the bytes of all processes."""
+
+    def __init__(self, total: int, done: int):
+        hidden = not distributed.is_primary()
+        self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="convert", disable=hidden)
+
+    def add(self, nbytes: int) -> None:
+        if distributed.is_primary():
+            self._bar.update(nbytes + sum(distributed.take_reports()))
+        else:
+            distributed.report(nbytes)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, exception: type | None, *_) -> None:
+        while exception is None and distributed.is_primary() and self._bar.n < self._bar.total:
+            self._bar.update(sum(distributed.take_reports(wait=True)))
+        self._bar.close()
+
+
+def _part(chunks: list[Chunk]) -> list[Chunk]:
+    """Choose the chunks of this process: consecutive ones, which come from few shards, of about the same bytes."""
+    index, count = distributed.process_index(), distributed.process_count()
+    ends = list(itertools.accumulate(chunk.nbytes for chunk in chunks))
+    first, last = (bisect.bisect_right(ends, ends[-1] * i // count) if ends else 0 for i in (index, index + 1))
+    return chunks[first:last]
+
+
 def _write_chunks(
-    chunks: list[Chunk], target: Target, source: Source, staging: pathlib.Path, threads: int, bar: tqdm
+    chunks: list[Chunk], target: Target, source: Source, staging: pathlib.Path, threads: int, progress: _Progress
 ) -> None:
     """Write chunks group by group, journaling each while the next is being written."""
     buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
@@ -107,7 +143,7 @@ def _write_chunks(
 
         def commit(group: list[Chunk], written: list[Future]) -> None:
             target.commit([future.result() for future in written])
-            bar.update(sum(chunk.nbytes for chunk in group))
+            progress.add(sum(chunk.nbytes for chunk in group))
             for file in (file for chunk in group for file in chunk.sources()):
                 uses[file] -= 1
                 if uses[file] == 0:
@@ -147,20 +183,21 @@ def _groups(chunks: list[Chunk]) -> Iterator[list[Chunk]]:
 def _staging(target: Target) -> Iterator[pathlib.Path]:
     """Provide the folder into which a remote source's shards are fetched: in the target if that is local."""
     if is_local(target.path):
-        yield pathlib.Path(target.path) / JOURNAL / "download"
+        yield pathlib.Path(target.path) / JOURNAL / f"download-{distributed.process_index()}"
     else:
         with tempfile.TemporaryDirectory(prefix="ernie_jax-") as folder:
             yield pathlib.Path(folder)
 
 
 def _check_disk(target: Target, todo: int, model: ForeignModel, staging: pathlib.Path) -> None:
-    """Check that what is still to be written fits, with the two shards that may lie fetched."""
+    """Check that what is still to be written fits, with the two shards that may lie fetched for each process."""
     sizes = sorted(shard["bytes"] for shard in model.fingerprint["shards"].values())
     fetched = sum(sizes[-2:]) if model.source.is_remote else 0
-    if is_local(target.path):
-        check_free(target.path, todo + fetched + _SPARE_DISK_BYTES - _bytes_to_replace(target), "the checkpoint")
-    else:
+    if not is_local(target.path):
         check_free(staging, fetched, "fetching two shards")
+    elif distributed.is_primary():
+        fetched *= distributed.process_count()
+        check_free(target.path, todo + fetched + _SPARE_DISK_BYTES - _bytes_to_replace(target), "the checkpoint")
 
 
 def _bytes_to_replace(target: Target) -> int:

@@ -15,12 +15,13 @@ from etils import epath
 from tqdm import tqdm
 
 from convert.arrays import CACHE_BYTES, Arrays, Slab, in_order
-from convert.resources import check_free, explain_disk_errors, say, thread_count
+from convert.resources import check_free, explain_disk_errors, thread_count
 from convert.shards import FLOAT_DTYPES, StoredTensor, encode_header
 from convert.source import INDEX, SINGLE
 from convert.table import Placement, expand, is_lossless, place
 from ernie_jax.checkpoint import SMALL_FILES, read_config, read_manifest
 from ernie_jax.config import ModelConfig
+from ernie_jax.distributed import say
 from ernie_jax.errors import UserError
 from ernie_jax.model import parameter_specs
 from ernie_jax.paths import is_local, storage_path

@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterator
 
 from convert.chunks import CHUNK_BYTES
@@ -61,7 +60,3 @@ def explain_disk_errors(target: os.PathLike, then: str) -> Iterator[None]:
             raise UserError(f"{error.filename or target}: {error.strerror}") from None
         raise
 
-
-def say(message: str) -> None:
-    """Tell the user something that is no error."""
-    print(message, file=sys.stderr)

@@ -3,10 +3,13 @@
 While it is unfinished it holds a folder .conversion/ with
 
     plan.json         what is being converted, and how
-    group-N.json      the checksums of a group of chunks whose bytes have reached the disk
+    group-I-N.json    the checksums of a group of chunks that process I has brought to the disk
+    lock              held by all processes of the conversion
 
-so that a conversion killed at any moment goes on after the last journaled group. manifest.json is written after
-everything else: a directory without it is not a checkpoint.
+so that a conversion killed at any moment goes on after the last journaled groups, with as many processes as there are
+then. manifest.json is written after everything else: a directory without it is not a checkpoint.
+
+Of several processes, each writes its chunks and its journals, and process 0 all the rest.
 
 The parameters are written as Orbax's own format (a directory of zarr v2 arrays, uncompressed, one file a chunk): its
 saving functions need a whole array in memory, of which a 300B model has some of 7.5 GB. Loading goes through Orbax.
@@ -19,6 +22,7 @@ import fcntl
 import io
 import json
 import os
+import secrets
 import time
 import zlib
 from typing import BinaryIO
@@ -27,6 +31,7 @@ import numpy as np
 from etils import epath
 
 from convert.chunks import Chunk, Parameter
+from ernie_jax import distributed
 from ernie_jax.checkpoint import FORMAT, MANIFEST, PARAMS, VERSION
 from ernie_jax.config import read_json
 from ernie_jax.errors import UserError
@@ -41,7 +46,7 @@ class Target:
     """A directory in which a checkpoint is being written; as a context it lets the next writer in at its end."""
 
     def __init__(self, path: epath.Path, plan: dict, overwrite: bool):
-        """Look at a target; nothing is touched yet.
+        """Look at a target; nothing is touched yet. Process 0 looks for all.
 
         Args:
           plan: what to convert and how, JSON: an unfinished target goes on only under an equal plan.
@@ -56,26 +61,16 @@ class Target:
         self._plan = plan
         self._groups = 0
         self._lock: io.TextIOBase | None = None
-        if not path.exists():
-            return
-        if not path.is_dir():
-            raise UserError(f"{path}: exists and is not a directory; choose another --target")
-        entries = {entry.name for entry in path.iterdir()}
-        unfinished = (self._journal / _PLAN).exists()
-        if MANIFEST in entries and read_json(path / MANIFEST).get("format") == FORMAT:
-            if not overwrite:
-                raise UserError(f"{path}: exists, a finished checkpoint; pass --overwrite to replace it")
-        elif entries - {JOURNAL} and not unfinished:
-            raise UserError(f"{path}: exists and is not an ernie_jax checkpoint; choose another --target")
-        elif unfinished and not overwrite:
-            self._read_journal()
+        if distributed.is_primary():
+            self._look(overwrite)
+        self.checksums, self._groups = distributed.broadcast([self.checksums, self._groups])
+        self._written: dict[str, str] = {}
 
     def __enter__(self) -> Target:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._release()
 
     @property
     def is_resumed(self) -> bool:
@@ -85,16 +80,16 @@ class Target:
         """Claim the directory, dropping what --overwrite replaces and what no journal vouches for.
 
         Raises:
-          UserError: if another process has claimed it.
+          UserError: if another conversion has claimed it, or not all processes see it.
         """
-        self._journal.mkdir(parents=True, exist_ok=True)
+        if distributed.is_primary():
+            self._journal.mkdir(parents=True, exist_ok=True)
+        token = secrets.token_hex(8)
         if is_local(self.path):
-            self._lock = (self._journal / "lock").open("w")  # freed when the process ends, however it ends
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another process is converting to it") from None
-        if not self.is_resumed:
+            if distributed.is_primary():
+                self._claim(token)
+            self._join(distributed.broadcast(token))
+        if distributed.is_primary() and not self.is_resumed:
             for stale in self._journal.glob("group-*.json"):
                 stale.unlink()
             _write_json(self._journal / _PLAN, self._plan)
@@ -103,8 +98,14 @@ class Target:
                 if entry.name != JOURNAL:
                     entry.rmtree() if entry.is_dir() else entry.unlink()
 
-    def add_parameter(self, parameter: Parameter) -> None:
-        """Make the array of a parameter, without its chunks."""
+    def add_parameters(self, parameters: list[Parameter]) -> None:
+        """Make the arrays of the parameters, without their chunks."""
+        if distributed.is_primary():
+            for parameter in parameters:
+                self._add(parameter)
+        distributed.barrier("the arrays are there")
+
+    def _add(self, parameter: Parameter) -> None:
         directory = self.path / STATE / parameter.path
         directory.mkdir(parents=True, exist_ok=True)
         name = "bfloat16" if parameter.dtype.name == "bfloat16" else parameter.dtype.newbyteorder("<").str
@@ -130,16 +131,28 @@ class Target:
                 os.fsync(file.fileno())
                 file.close()
         group = {name: crc for name, crc, _ in written}
-        _write_json(self._journal / f"group-{self._groups:06}.json", group)
+        _write_json(self._journal / f"group-{distributed.process_index()}-{self._groups:06}.json", group)
         self._groups += 1
-        self.checksums |= group
+        self._written |= group
 
     def finish(self, parameters: list[Parameter], small_files: dict[str, bytes], facts: dict) -> None:
-        """Write Orbax's metadata, the small files and, last, the manifest.
+        """Write Orbax's metadata, the small files and, last, the manifest; returns when all are there.
 
         Args:
           facts: what the manifest says beside format, parameters and checksums.
         """
+        for written in distributed.gather(self._written):
+            self.checksums |= written
+        if distributed.is_primary():
+            listed = {chunk_name(chunk) for parameter in parameters for chunk in parameter.chunks()}
+            assert listed == set(self.checksums), f"chunks not written: {sorted(listed - set(self.checksums))[:10]}"
+            self._describe(parameters, small_files, facts)
+        self._release()
+        distributed.barrier("the manifest is there")
+        if distributed.is_primary():
+            self._journal.rmtree()
+
+    def _describe(self, parameters: list[Parameter], small_files: dict[str, bytes], facts: dict) -> None:
         _write_orbax_metadata(self.path / PARAMS, parameters)
         for name, content in small_files.items():
             _write(self.path / name, content)
@@ -151,7 +164,56 @@ class Target:
         manifest = {"format": FORMAT, "version": VERSION} | facts
         manifest |= {"parameters": described, "checksums": dict(sorted(self.checksums.items()))}
         _write_json(self.path / MANIFEST, manifest)
-        self._journal.rmtree()
+
+    def _look(self, overwrite: bool) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: exists and is not a directory; choose another --target")
+        entries = {entry.name for entry in self.path.iterdir()}
+        unfinished = (self._journal / _PLAN).exists()
+        if MANIFEST in entries and read_json(self.path / MANIFEST).get("format") == FORMAT:
+            if not overwrite:
+                raise UserError(f"{self.path}: exists, a finished checkpoint; pass --overwrite to replace it")
+        elif entries - {JOURNAL} and not unfinished:
+            raise UserError(f"{self.path}: exists and is not an ernie_jax checkpoint; choose another --target")
+        elif unfinished and not overwrite:
+            self._read_journal()
+
+    def _claim(self, token: str) -> None:
+        """Lock the directory against other conversions, and leave a token there for our own processes."""
+        self._lock = open(self._journal / "lock", "a+")  # noqa: SIM115 (freed when the process ends, however it ends)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is converting to it") from None
+        self._lock.truncate(0)
+        self._lock.write(token)
+        self._lock.flush()
+        os.fsync(self._lock.fileno())
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def _join(self, token: str) -> None:
+        """Share process 0's lock: while any of its processes lives, a conversion keeps others out."""
+        if distributed.is_primary():
+            return
+        try:
+            self._lock = (self._journal / "lock").open()
+        except FileNotFoundError:
+            found = None
+        else:
+            found = self._lock.read()
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if found != token:
+            raise UserError(
+                f"{self.path} is not the same directory here and in process 0; --target must be one that all "
+                "processes share, on a network disk or gs://"
+            )
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _read_journal(self) -> None:
         found = read_json(self._journal / _PLAN)
@@ -163,7 +225,7 @@ class Target:
             )
         for journal in sorted(self._journal.glob("group-*.json")):
             self.checksums |= read_json(journal)
-            self._groups = int(journal.stem.removeprefix("group-")) + 1
+            self._groups = max(self._groups, int(journal.stem.rpartition("-")[2]) + 1)
 
 
 def chunk_name(chunk: Chunk) -> str:

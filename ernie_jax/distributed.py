@@ -156,6 +156,25 @@ def barrier(name: str) -> None:
         _team.exchange(f"barrier {name}", None)
 
 
+def report(value: Any) -> None:
+    """Send a value (JSON) to process 0 and go on; not for process 0 itself."""
+    _team.report(value)
+
+
+def take_reports(wait: bool = False) -> list[Any]:
+    """Return what the others have reported to process 0 since it last asked.
+
+    Args:
+      wait: until there is something.
+    """
+    if not _team:
+        return []
+    taken = [_team.reports.get()] if wait else []
+    while not _team.reports.empty():
+        taken.append(_team.reports.get())
+    return taken
+
+
 def agree(facts: Mapping[str, Any]) -> None:
     """Check that every process gives the same facts (JSON).
 

@@ -4,7 +4,8 @@ When a process dies, JAX's collectives hang in the others, and its own watchdog 
 team's thread hears of it at once and ends its process with a sentence, whatever the main thread is waiting for.
 
 A connection carries JSON objects, one a line: {"hello": ...} and {"welcome": ...} once, {} every BEAT_SECONDS as a sign
-of life, {"say": name, "value": value} as a turn of `exchange`, {"stop": reason, "code": exit code} as the last word.
+of life, {"say": name, "value": value} as a turn of `exchange`, {"report": value} for process 0 to read when it likes,
+{"stop": reason, "code": exit code} as the last word.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Team:
     def __init__(self, index: int, count: int, connections: list[_Connection]):
         """Watch the connections: of process 0 to processes 1, 2, ... in this order, of another one to process 0."""
         self.index, self.count = index, count
+        self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()  # process 0: of the others
         self._connections = connections
         self._last_word = threading.Lock()  # taken once: by the thread that ends the process
         threading.Thread(target=self._watch, name="team", daemon=True).start()
@@ -60,6 +62,10 @@ class Team:
         for connection in self._connections:
             connection.send({"say": name, "value": values})
         return values
+
+    def report(self, value: Any) -> None:
+        """Send a value (JSON) to process 0 and go on."""
+        self._connections[0].send({"report": value})
 
     def end(self) -> None:
         """Wait until every process has come to its end; from here on each may go."""
@@ -120,6 +126,8 @@ class Team:
                 case {"say": name, "value": value}:
                     connection.ended |= name == _END
                     connection.inbox.put((name, value))
+                case {"report": value}:
+                    self.reports.put(value)
                 case {"stop": reason, "code": code}:
                     self._fall(reason, code)
         return True

@@ -6,7 +6,9 @@ import sys
 
 from absl import flags
 
+from ernie_jax.cli import hosts
 from ernie_jax.cli.command import Command, require
+from ernie_jax.distributed import say
 
 
 def _define_convert(values: flags.FlagValues) -> None:
@@ -14,15 +16,17 @@ def _define_convert(values: flags.FlagValues) -> None:
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
     flags.DEFINE_string("target", None, "directory of the new checkpoint (local or gs://)", flag_values=values)
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: as stored", flag_values=values)
-    flags.DEFINE_float("host_memory_gb", 4.0, "memory that the conversion may use", flag_values=values)
+    flags.DEFINE_float("host_memory_gb", 4.0, "memory that each process may use", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "replace a checkpoint at --target", flag_values=values)
     flags.DEFINE_bool("keep_download", False, "keep downloaded shards once they are written", flag_values=values)
+    hosts.define_flags(values)
 
 
 def _convert(values: flags.FlagValues) -> None:
     import convert
 
     require(values, "source", "target")
+    hosts.join(values, devices=False)
     convert.convert(
         values.source,
         values.target,
@@ -32,7 +36,7 @@ def _convert(values: flags.FlagValues) -> None:
         overwrite=values.overwrite,
         keep_download=values.keep_download,
     )
-    print(f"wrote {values.target}", file=sys.stderr)
+    say(f"wrote {values.target}")
 
 
 def _define_export(values: flags.FlagValues) -> None:
@@ -70,10 +74,12 @@ def _verify(values: flags.FlagValues) -> int:
 CONVERT = Command(
     "convert",
     "Make a self-contained Orbax checkpoint from a Hugging Face directory or hub id. Streams, so memory stays small; "
-    "started again after an interruption, it goes on where it was.",
+    "started again after an interruption, it goes on where it was. Several processes, on hosts that share the target, "
+    "convert a part each.",
     (
         "main.py convert --source=baidu/ERNIE-4.5-21B-A3B-PT --target=checkpoints/21b",
         "main.py convert --source=downloads/ERNIE-4.5-21B-A3B-PT --target=gs://bucket/21b",
+        "main.py convert --source=... --target=... --coordinator=host0:8476 --num_processes=4 --process_id=2",
     ),
     _define_convert,
     _convert,

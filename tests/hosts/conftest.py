@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -28,13 +28,13 @@ class Processes:
         self._folder = folder
         self._started: dict[int, subprocess.Popen] = {}
 
-    def start(self, index: int, arguments: Sequence[object], **environment: object) -> None:
+    def start(self, index: int, arguments: Sequence[object], cwd: pathlib.Path = ROOT, **environment: object) -> None:
         """Start a Python process with the arguments; what it prints goes to files."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
         variables = clean | {"PYTHONPATH": str(ROOT)} | {name: str(value) for name, value in environment.items()}
         with self._file(index, "out").open("w") as out, self._file(index, "err").open("w") as err:
             self._started[index] = subprocess.Popen(
-                [sys.executable, *map(str, arguments)], stdout=out, stderr=err, env=variables, cwd=ROOT
+                [sys.executable, *map(str, arguments)], stdout=out, stderr=err, env=variables, cwd=cwd
             )
 
     def kill(self, index: int) -> None:
@@ -76,35 +76,13 @@ def processes(tmp_path) -> Iterator[Processes]:
 
 @pytest.fixture
 def port() -> int:
+    return free_port()
+
+
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
-@pytest.fixture
-def run_together(tmp_path, port) -> Callable[..., list[Result]]:
-    """Run one command line of main.py in `count` processes with two virtual devices each, and return how they ended."""
-
-    def call(count: int, *arguments: object, seconds: float = 120) -> list[Result]:
-        folder = tmp_path / f"run-{time.monotonic_ns()}"
-        folder.mkdir()
-        running = Processes(folder)
-        try:
-            for index in range(count):
-                start_main(running, index, count, port, arguments)
-            return running.wait(seconds)
-        finally:
-            running.end()
-
-    return call
-
-
-def start_main(running: Processes, index: int, count: int, port: int, arguments: Sequence[object]) -> None:
-    """Start one process of a command line of main.py."""
-    flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
-    running.start(
-        index,
-        ["main.py", *arguments, *flags],
-        JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=2",
-        JAX_DISABLE_MOST_OPTIMIZATIONS=1,
-    )
+def flags(index: int, count: int, port: int) -> list[str]:
+    return [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
