@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from ernie_jax.cli import models
+from ernie_jax.cli import hosts, models
 from ernie_jax.cli.command import Command
 from ernie_jax.errors import UserError
 
@@ -24,6 +24,7 @@ def _chat(values: flags.FlagValues) -> None:
     with contextlib.suppress(ImportError):  # where there is no readline, lines are edited without it
         import readline  # noqa: F401
 
+    hosts.refuse_several("chat")
     settings = models.sampling_fields(values)
     llm = models.load(values, max_sequences=1)
     if llm.tokenizer is None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
 
-from ernie_jax.cli import models
+from ernie_jax.cli import hosts, models
 from ernie_jax.cli.command import Command, UsageError
 from ernie_jax.cli.jsonl import OrderedWriter, read_objects
+from ernie_jax.distributed import is_primary, say
 from ernie_jax.errors import UserError
 
 _PROMPT_FIELDS = ("prompt", "token_ids", "messages")
@@ -31,6 +31,7 @@ def _define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("output", None, "the JSONL file to write, a line per input line", flag_values=values)
+    hosts.define_flags(values)
 
 
 def _generate(values: flags.FlagValues) -> int:
@@ -38,6 +39,7 @@ def _generate(values: flags.FlagValues) -> int:
         raise UsageError("give either --prompt or --input")
     if (values.input is None) != (values.output is None):
         raise UsageError("--input and --output go together")
+    hosts.join(values)
     settings = models.sampling_fields(values) | {"logprobs": values.logprobs}
     if values.input is not None:
         return _generate_file(values, settings)
@@ -60,7 +62,7 @@ def stream(llm, prompt: str, sampling: Mapping[str, Any]) -> None:
     print()
     count = len(chunk.completion.token_ids)
     rate = (count - 1) / max(time.monotonic() - first, 1e-9)
-    print(f"[{count} tokens · first after {first - start:.2f} s · then {rate:.1f} tokens/s]", file=sys.stderr)
+    say(f"[{count} tokens · first after {first - start:.2f} s · then {rate:.1f} tokens/s]")
 
 
 def _generate_file(values: flags.FlagValues, settings: dict[str, Any]) -> int:
@@ -71,7 +73,7 @@ def _generate_file(values: flags.FlagValues, settings: dict[str, Any]) -> int:
     with OrderedWriter(values.output, work) as writer:
         llm = models.load(values)
         if writer.done:
-            print(f"going on after line {writer.done} of an earlier run", file=sys.stderr)
+            say(f"going on after line {writer.done} of an earlier run")
         todo: list[tuple[int, Any, Any]] = []
         for index, record in enumerate(records[writer.done :], writer.done):
             try:
@@ -80,13 +82,13 @@ def _generate_file(values: flags.FlagValues, settings: dict[str, Any]) -> int:
             except UserError as error:
                 writer.write(index, {"error": str(error)})
         started, tokens = time.monotonic(), 0
-        with tqdm(total=len(todo), unit="prompt", desc="generate", mininterval=0.5) as bar:
+        with tqdm(total=len(todo), unit="prompt", desc="generate", mininterval=0.5, disable=not is_primary()) as bar:
             for position, completion in _completions(llm, todo):
                 writer.write(todo[position][0], _as_record(completion))
                 tokens += len(completion.token_ids)
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
                 bar.update()
-    print(f"wrote {len(records)} lines to {values.output}, {writer.errors} with an error", file=sys.stderr)
+    say(f"wrote {len(records)} lines to {values.output}, {writer.errors} with an error")
     return int(writer.errors > 0)
 
 
@@ -160,10 +162,11 @@ def _define_demo(values: flags.FlagValues) -> None:
 def _demo(values: flags.FlagValues) -> None:
     from ernie_jax.llm import LLM
 
+    hosts.refuse_several("demo")
     models.use_compilation_cache()
     directory = models.checkpoint_directory(str(models.embedded_model()))
     llm = LLM.load(directory, max_sequences=4)
-    print(llm.describe(), file=sys.stderr)
+    say(llm.describe())
     for prompt in _DEMO_PROMPTS:
         print()
         stream(llm, prompt, {"max_new_tokens": 96, "seed": values.seed})
@@ -173,11 +176,12 @@ GENERATE = Command(
     "generate",
     "Continue a prompt and stream the text, or continue every line of a file. Sampling follows the checkpoint's "
     "generation_config.json where no flag says otherwise; --temperature=0 is greedy. A file that was interrupted goes "
-    "on where it was when the same command runs again.",
+    "on where it was when the same command runs again. Several processes run one model on the devices of all.",
     (
         "main.py generate --model=checkpoints/21b --prompt='The capital of France is' --max_new_tokens=64",
         "main.py generate --model=checkpoints/21b --input=prompts.jsonl --output=answers.jsonl --temperature=0",
         "main.py generate --model=ernie-4.5-21b-a3b --random_weights --input=ids.jsonl --output=out.jsonl",
+        "main.py generate --model=... --prompt=... --coordinator=host0:8476 --num_processes=4 --process_id=2",
     ),
     _define,
     _generate,

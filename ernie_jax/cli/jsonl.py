@@ -1,4 +1,7 @@
-"""JSON lines in and out, in order, one bad line never spoiling the others."""
+"""JSON lines in and out, in order, one bad line never spoiling the others.
+
+Of several processes only process 0 reads and writes files; the others hear from it what it found there.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
+from ernie_jax import distributed
 from ernie_jax.errors import UserError
 
 
@@ -18,16 +22,19 @@ def read_objects(path: str) -> list[dict[str, Any] | UserError]:
     Raises:
       UserError: if the file cannot be read.
     """
+    lines = distributed.broadcast(_read(path) if distributed.is_primary() else None).split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [_parse(number, line) for number, line in enumerate(lines, 1)]
+
+
+def _read(path: str) -> str:
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        return pathlib.Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--input={path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--input={path}: not UTF-8 at byte {error.start}") from None
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return [_parse(number, line) for number, line in enumerate(lines, 1)]
 
 
 def _parse(number: int, line: str) -> dict[str, Any] | UserError:
@@ -55,15 +62,9 @@ class OrderedWriter:
         digest = hashlib.sha256(json.dumps(fingerprint, default=str).encode()).hexdigest()[:8]
         self._path = pathlib.Path(path)
         self._partial = self._path.with_name(f"{self._path.name}.{digest}.partial")
-        try:
-            self._file = self._partial.open("a+b")
-        except OSError as error:
-            raise UserError(f"--output={path}: {error.strerror}") from None
-        self._file.seek(0)
-        whole, _, _ = self._file.read().rpartition(b"\n")
-        self._file.truncate(len(whole) + bool(whole))
+        self._file = self._open() if distributed.is_primary() else open(os.devnull, "r+b")  # noqa: SIM115
         found = list(self.lines())
-        self.done, self.errors = len(found), sum("error" in record for record in found)
+        self.done, self.errors = distributed.broadcast([len(found), sum("error" in record for record in found)])
         self._next = self.done
         self._waiting: dict[int, bytes] = {}
 
@@ -78,8 +79,19 @@ class OrderedWriter:
             self._file.flush()
             self._next += 1
 
+    def _open(self) -> BinaryIO:
+        """Open the partial file, without the line that an interruption cut."""
+        try:
+            file = self._partial.open("a+b")
+        except OSError as error:
+            raise UserError(f"--output={self._path}: {error.strerror}") from None
+        file.seek(0)
+        whole, _, _ = file.read().rpartition(b"\n")
+        file.truncate(len(whole) + bool(whole))
+        return file
+
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield what was written so far."""
+        """Yield what was written so far; nothing except in process 0."""
         self._file.seek(0)
         yield from map(json.loads, self._file)
 
@@ -88,6 +100,8 @@ class OrderedWriter:
 
     def __exit__(self, exception: type | None, *_) -> None:
         self._file.close()
+        if not distributed.is_primary():
+            return
         if exception is None:
             os.replace(self._partial, self._path)
         elif not self._next:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 
 from absl import flags
 
-from ernie_jax.cli import models
+from ernie_jax.cli import hosts, models
 from ernie_jax.cli.command import Command, require
 from ernie_jax.cli.generate import check_prompt
 from ernie_jax.cli.jsonl import OrderedWriter, read_objects
+from ernie_jax.distributed import is_primary, say
 from ernie_jax.errors import UserError
 
 _FIELDS = ("text", "token_ids")
@@ -21,25 +21,28 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", None, "draws --random_weights", flag_values=values)
     flags.DEFINE_string("input", None, 'a JSONL file of {"text"|"token_ids"} objects', flag_values=values)
     flags.DEFINE_string("output", None, "the JSONL file to write, a line per input line", flag_values=values)
+    hosts.define_flags(values)
 
 
 def _score(values: flags.FlagValues) -> int:
     from tqdm import tqdm
 
     require(values, "input", "output")
+    hosts.join(values)
     records = read_objects(values.input)
     work = ["score", values.model, values.revision, values.dtype, values.seed, list(map(str, records))]
     with OrderedWriter(values.output, work) as writer:
         llm = models.load(values)
         if writer.done:
-            print(f"going on after line {writer.done} of an earlier run", file=sys.stderr)
+            say(f"going on after line {writer.done} of an earlier run")
         todo = []
         for index, record in enumerate(records[writer.done :], writer.done):
             try:
                 todo.append((index, _read_text(llm, index + 1, record)))
             except UserError as error:
                 writer.write(index, {"error": str(error)})
-        with tqdm(total=sum(len(ids) for _, ids in todo), unit="token", desc="score", mininterval=0.5) as bar:
+        total, hidden = sum(len(ids) for _, ids in todo), not is_primary()
+        with tqdm(total=total, unit="token", desc="score", mininterval=0.5, disable=hidden) as bar:
             for position, score in llm.iter_score([ids for _, ids in todo]):
                 writer.write(todo[position][0], {"token_ids": score.token_ids, "logprobs": score.logprobs})
                 bar.update(len(score.token_ids))
