@@ -2,8 +2,8 @@
 
 from ernie_jax.ops.attention import RaggedBatch, packed_attention, paged_attention
 from ernie_jax.ops.embedding import embed
-from ernie_jax.ops.experts import EXPERT_BACKENDS, default_expert_backend, grouped_mlp, swiglu
-from ernie_jax.ops.precision import einsum, linear
+from ernie_jax.ops.experts import EXPERT_BACKENDS, default_expert_backend, grouped_mlp
+from ernie_jax.ops.precision import einsum, linear, swiglu
 
 __all__ = [
     "EXPERT_BACKENDS",

@@ -1,4 +1,4 @@
-"""Matrix products whose float32 form is really float32 on every chip."""
+"""Products and activations that round once: float32 operands are really float32 on every chip."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def linear(subscripts: str, x: jax.Array, weight: jax.Array, bias: jax.Array | N
     """Contract and add a bias, both in float32, and round once to the dtype of `x`."""
     out = einsum(subscripts, x, weight, jnp.float32)
     return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def swiglu(gate_up: jax.Array, axis: int) -> jax.Array:
+    """Return silu(gate) * up, of which `axis` holds gate and up; silu is computed in float32 and rounded once."""
+    gate, up = jnp.moveaxis(gate_up, axis, 0)
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up

@@ -8,11 +8,13 @@ import pytest
 from ernie_jax.ops import EXPERT_BACKENDS, default_expert_backend, grouped_mlp
 
 
-def reference(x, chosen, weights, gate_up, down):
+def reference(x, chosen, weights, gate_up, down, first_expert=0):
     x, weights, gate_up, down = (np.asarray(a, np.float64) for a in (x, weights, gate_up, down))
     out = np.zeros_like(x)
     for t, experts in enumerate(chosen):
-        for slot, e in enumerate(experts):
+        for slot, e in enumerate(experts - first_expert):
+            if not 0 <= e < len(gate_up):
+                continue
             gate, up = gate_up[e] @ x[t]
             out[t] += weights[t, slot] * (down[e] @ (gate / (1 + np.exp(-gate)) * up))
     return out
@@ -41,13 +43,65 @@ def test_matches_float64(backend, tokens, dtype, bound, rng):
     assert np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected) < bound
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 200])
 @pytest.mark.parametrize("backend", EXPERT_BACKENDS)
-def test_no_token_is_dropped_when_all_choose_the_same_experts(backend, rng):
-    x, _, weights, gate_up, down = draw(rng, 20, 2, 8, 24, 32, jnp.float32)
-    chosen = np.tile(np.array([5, 2], np.int32), (20, 1))
-    out = grouped_mlp(x, chosen, weights, gate_up, down, backend)
-    np.testing.assert_allclose(out, reference(x, chosen, weights, gate_up, down), atol=2e-5)
+def test_shards_sum_to_the_whole_and_padding_adds_nothing(backend, tokens, rng):
+    if backend == "gather" and tokens > 3:
+        pytest.skip("unrolled over tokens: made for a few")
+    x, chosen, weights, gate_up, down = draw(rng, tokens, 3, 8, 24, 32, jnp.float32)
+    chosen[tokens // 2 :, 1:] = rng.choice([-1, 8, 1000])  # at least one token is partly padding
+    run = jax.jit(grouped_mlp, static_argnums=5)
+    shards = []
+    for first in range(0, 8, 2):
+        mine = gate_up[first : first + 2], down[first : first + 2]
+        shards.append(run(x, chosen, weights, *mine, backend, jnp.int32(first)))
+        np.testing.assert_allclose(shards[-1], reference(x, chosen, weights, *mine, first), atol=2e-5)
+    expected = reference(x, chosen, weights, gate_up, down)
+    np.testing.assert_allclose(sum(shards), expected, atol=4e-5)
+    np.testing.assert_allclose(run(x, chosen, weights, gate_up, down, backend), expected, atol=2e-5)
+    np.testing.assert_array_equal(run(x, np.full_like(chosen, 8), weights, gate_up, down, backend), 0)
 
 
-def test_default_reads_only_chosen_experts_for_one_token():
-    assert [default_expert_backend(tokens, 6) for tokens in (1, 2, 256, 257)] == ["gather", "dense", "dense", "blocks"]
+@pytest.mark.parametrize("backend", EXPERT_BACKENDS)
+@pytest.mark.parametrize("tokens", [3, 1500])
+def test_no_token_is_dropped_when_all_choose_the_same_experts(backend, tokens, rng):
+    if backend == "gather" and tokens > 3:
+        pytest.skip("unrolled over tokens: made for a few")
+    x, _, weights, gate_up, down = draw(rng, tokens, 2, 8, 24, 32, jnp.float32)
+    chosen = np.tile(np.array([5, 2], np.int32), (tokens, 1))
+    expected = reference(x, chosen, weights, gate_up, down)
+    np.testing.assert_allclose(grouped_mlp(x, chosen, weights, gate_up, down, backend), expected, atol=2e-5)
+    one_shard = grouped_mlp(x, chosen, weights, gate_up[4:6], down[4:6], backend, 4)
+    np.testing.assert_allclose(one_shard, reference(x, chosen, weights, gate_up[4:6], down[4:6], 4), atol=2e-5)
+
+
+def test_gradient_of_blocks_is_that_of_dense(rng):
+    x, chosen, weights, gate_up, down = draw(rng, 300, 3, 8, 24, 32, jnp.float32)
+    chosen[250:] = 8
+    cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+    def gradients(backend):
+        def loss(x, weights, gate_up, down):
+            return jnp.sum(grouped_mlp(x, chosen, weights, gate_up, down, backend) * cotangent)
+
+        return jax.jit(jax.grad(loss, range(4)))(x, weights, gate_up, down)
+
+    for blocks, dense in zip(gradients("blocks"), gradients("dense"), strict=True):
+        np.testing.assert_allclose(blocks, dense, atol=1e-5 * np.abs(dense).max())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend"),
+    [
+        ((1, 6), "gather"),
+        ((2, 6), "dense"),
+        ((256, 6), "dense"),
+        ((257, 6), "blocks"),
+        ((1, 6, "gpu", 32, 64), "gather"),
+        ((1, 6, "gpu", 4, 64), "dense"),
+        ((257, 6, "gpu", 8, 64), "blocks"),
+        ((257, 2, "gpu", 4, 4), "dense"),
+    ],
+)
+def test_default_backend(arguments, backend):
+    assert default_expert_backend(*arguments) == backend

@@ -1,0 +1,94 @@
+"""The "blocks" backend of the grouped expert MLP: pairs sorted by expert, in blocks of one expert each."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ernie_jax.ops.precision import einsum, swiglu
+
+_BLOCK_ROWS = 128
+_SLAB = 16  # blocks multiplied at a time: enough work to hide a GPU's round trip to the host, few copies of weights
+
+
+def by_blocks(x, chosen, weights, gate_up, down, first_expert):
+    """Sort (token, expert) pairs by expert into blocks of one expert each, and multiply a slab of blocks at a time.
+
+    There is room for the worst case, all pairs local and each expert's last block nearly empty; the loop ends with the
+    last block in use, so work and copied weights follow the pairs that are really there. (`jax.lax.ragged_dot` is a
+    dense expansion on CPUs, on most TPUs and, up to JAX 0.11 at least, on GPUs.)
+
+    A loop of unknown length has no automatic gradient; `_multiply` brings its own.
+    """
+    tokens, k = chosen.shape
+    experts, pairs = gate_up.shape[0], tokens * k
+    expert = (chosen - first_expert).reshape(-1)  # of each pair
+    local = (expert >= 0) & (expert < experts)
+    expert = jnp.where(local, expert, experts)
+    sizes = jnp.bincount(expert, length=experts + 1)
+    order = jnp.argsort(expert)
+    rank = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs)) - (jnp.cumsum(sizes) - sizes)[expert]
+    blocks = (sizes[:-1] + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    ends = jnp.cumsum(blocks)
+
+    most = min(pairs, pairs // _BLOCK_ROWS + experts)
+    slab = min(_SLAB, most)
+    slabs = -(-most // slab)
+    rows = slabs * slab * _BLOCK_ROWS
+    place = jnp.where(local, jnp.append(ends - blocks, 0)[expert] * _BLOCK_ROWS + rank, rows)  # row of each pair
+    token = jnp.full(rows, tokens).at[place].set(jnp.arange(pairs) // k, mode="drop")  # of each row
+    of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(slabs * slab), side="right"), experts - 1)
+    token, of_block = token.reshape(slabs, slab, _BLOCK_ROWS), of_block.reshape(slabs, slab)
+    out = _multiply(x, gate_up, down, token, of_block, (ends[-1] + slab - 1) // slab)
+
+    out = out.at[place].get(mode="fill", fill_value=0).reshape(tokens, k, -1)
+    return (out * weights[..., None].astype(jnp.float32)).sum(1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _multiply(x, gate_up, down, token, of_block, live):
+    """Multiply rows of x [T, D], given by token [slabs, slab, rows], by their block's expert: [all rows, D] float32.
+
+    Rows of token T are zero. The slabs from `live` on are not computed and come back zero.
+    """
+
+    def step(index, out):
+        rows = x.at[token[index]].get(mode="fill", fill_value=0)
+        y = _slab(rows, gate_up[of_block[index]], down[of_block[index]])
+        return jax.lax.dynamic_update_index_in_dim(out, y, index, 0)
+
+    out = jnp.zeros((*token.shape, x.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, live, step, out).reshape(-1, x.shape[1])
+
+
+def _slab(rows, gate_up, down):  # [N, rows, D], [N, 2, F, D], [N, D, F] -> [N, rows, D]
+    hidden = swiglu(einsum("nbd,nxfd->nbxf", rows, gate_up), axis=2)
+    return einsum("nbf,ndf->nbd", hidden, down, jnp.float32)
+
+
+def _forward(x, gate_up, down, token, of_block, live):
+    return _multiply(x, gate_up, down, token, of_block, live), (x, gate_up, down, token, of_block, live)
+
+
+def _backward(residuals, gradient):
+    """Repeat each slab and pull its gradient back; sums over slabs are float32 and rounded once."""
+    x, gate_up, down, token, of_block, live = residuals
+    gradient = gradient.reshape(*token.shape, -1)
+
+    def step(index, sums):
+        block = of_block[index]
+        rows = x.at[token[index]].get(mode="fill", fill_value=0)
+        _, pull = jax.vjp(_slab, rows, gate_up[block], down[block])
+        parts = pull(gradient[index])
+        places = token[index], block, block
+        return [
+            total.at[place].add(part.astype(jnp.float32), mode="drop")
+            for total, place, part in zip(sums, places, parts, strict=True)
+        ]
+
+    sums = [jnp.zeros(a.shape, jnp.float32) for a in (x, gate_up, down)]
+    sums = jax.lax.fori_loop(0, live, step, sums)
+    return *(total.astype(a.dtype) for total, a in zip(sums, (x, gate_up, down), strict=True)), None, None, None
+
+
+_multiply.defvjp(_forward, _backward)
