@@ -26,14 +26,14 @@ def exchange_mlp(
     """Send this shard's tokens to the shards of their experts, and add up what those return.
 
     A token goes once to each shard that has any of its experts and comes back as one row, the sum over that shard's
-    experts rounded to the dtype of `x`; the rows of a token are added in float32. No token is ever dropped: there is room
-    for all tokens of all shards on every one. Three collectives: an all-gather of the choices and weights (from which
-    each shard computes every offset and size), and one all-to-all each way.
+    experts rounded to the dtype of `x`; the rows of a token are added in float32. No token is ever dropped: every shard
+    has room for all tokens of all shards. Three collectives: an all-gather of the choices and weights (from which each
+    shard computes every offset and size), and one all-to-all each way.
 
     Args:
-      chosen: ids over all shards, of which shard i along `axes` has those from i * experts_per_shard on. A token without
-        an id in range (padding) is sent nowhere, and its result is zero.
-      compute: applies this shard's experts to R rows; ids of others, and rows without an id in range, contribute nothing.
+      chosen: ids over all shards, of which shard i along `axes` has those from i * experts_per_shard on. A token
+        without an id in range (padding) is sent nowhere, and its result is zero.
+      compute: applies this shard's experts to R rows; ids of others contribute nothing, and some rows have no others.
       axes: mesh axes, the first outermost.
       backend: a name of EXCHANGE_BACKENDS.
 
@@ -112,8 +112,8 @@ class _Backend(NamedTuple):
 
     Attributes:
       layout: (sizes [N, N], T, k) -> _Layout.
-      move: (rows, number of rows of the result, and for each other shard [N]: offset of what goes there, offset at which
-        it arrives there, its size, size of what comes from there; axes) -> rows.
+      move: (rows, number of rows of the result, and for each other shard [N]: offset of what goes there, offset at
+        which it arrives there, its size, size of what comes from there; axes) -> rows.
     """
 
     layout: Callable[[jax.Array, int, int], _Layout]
