@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -25,7 +24,7 @@ from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
 from ernie_jax.paths import storage_path
-from ernie_jax.sharding import shard_abstract
+from ernie_jax.sharding import Layout, shard_abstract
 
 FORMAT = "ernie_jax"
 VERSION = 1
@@ -92,9 +91,9 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
 
 
 def restore(
-    directory: str | os.PathLike, mesh: jax.sharding.Mesh, dtype: jnp.dtype | None = None, progress: bool = False
+    directory: str | os.PathLike, layout: Layout, dtype: jnp.dtype | None = None, progress: bool = False
 ) -> Ernie:
-    """Load a checkpoint onto the devices of a mesh, each reading only its shards.
+    """Load a checkpoint into the shards of a layout, whatever layout it was written from; each device reads its own.
 
     Args:
       dtype: of the weights; default: the checkpoint's own. Router tensors stay float32.
@@ -105,7 +104,7 @@ def restore(
     """
     manifest = read_manifest(directory)
     model = Ernie(read_config(directory), dtype or parse_dtype(manifest["dtype"]))
-    abstract = nnx.to_flat_state(shard_abstract(nnx.state(model), mesh))
+    abstract = nnx.to_flat_state(shard_abstract(nnx.state(model), layout))
     stored = manifest["parameters"]
     _check_parameters(str(directory), {_dotted(p): v.get_value().shape for p, v in abstract}, stored)
 

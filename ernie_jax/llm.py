@@ -16,13 +16,14 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from ernie_jax import checkpoint, sharding
+from ernie_jax import checkpoint
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
 from ernie_jax.engine.engine import FinishReason, TokenEvent
 from ernie_jax.errors import UserError
-from ernie_jax.model import Ernie, forward, initialize, parameter_specs
+from ernie_jax.model import Ernie, initialize
 from ernie_jax.paths import storage_path
+from ernie_jax.sharding import Layout, make_layout, shard_abstract, shard_bytes, usable_devices
 from ernie_jax.text import ChatTemplate, IncrementalDetokenizer, StopStringMatcher, Tokenizer, check_vocabulary
 
 # Text, token ids, chat messages, or {"messages": [...], "tools": [...]}.
@@ -79,10 +80,10 @@ class LLM:
       generation_config: fields of the checkpoint's generation_config.json.
     """
 
-    def __init__(self, model: Ernie, mesh: jax.sharding.Mesh, directory: epath.Path | None, options: EngineOptions):
+    def __init__(self, model: Ernie, layout: Layout, directory: epath.Path | None, options: EngineOptions):
         self.model = model
         self.config = model.config
-        self.mesh = mesh
+        self.layout = layout
         self.tokenizer: Tokenizer | None = None
         self.template: ChatTemplate | None = None
         self.generation_config: dict = {}
@@ -102,16 +103,23 @@ class LLM:
             lists = [[ids] if isinstance(ids, int) else ids or [] for ids in eos]
             stop_ids = frozenset(itertools.chain(*lists))
         valid_vocab = self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
-        self.engine = Engine(model, mesh, options, valid_vocab=valid_vocab, stop_ids=stop_ids)
-        self._forward = None
+        self.engine = Engine(model, layout, options, valid_vocab=valid_vocab, stop_ids=stop_ids)
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike, dtype: str | None = None, progress: bool = False, **options: Any
+        cls,
+        directory: str | os.PathLike,
+        dtype: str | None = None,
+        progress: bool = False,
+        mesh: str | None = None,
+        sharding: str | None = None,
+        **options: Any,
     ) -> LLM:
-        """Load a converted checkpoint, local or gs://, onto the first device.
+        """Load a converted checkpoint, local or gs://, onto all accelerators, or one CPU.
 
         Args:
+          mesh: how many devices share what, as "expert:8" or "data:2,expert:4"; default: by `sharding`.
+          sharding: a name of sharding.PRESETS; default: by the model and the number of devices.
           dtype: of weights and cache, bfloat16, float32 or float16; default: the checkpoint's. Routers stay float32.
           progress: show a bar while restoring.
           **options: fields of EngineOptions, such as cache_tokens and max_sequences.
@@ -120,20 +128,32 @@ class LLM:
           UserError: if the directory is no converted checkpoint (nothing is converted here), or does not fit.
         """
         directory, options = storage_path(directory), EngineOptions(**options)
-        mesh = sharding.make_mesh()
         weights = checkpoint.parse_dtype(dtype or checkpoint.read_manifest(directory)["dtype"])
-        _check_weights_fit(checkpoint.read_config(directory), weights, mesh.devices.flat[0])
-        model = checkpoint.restore(directory, mesh, weights, progress)
-        return cls(model, mesh, directory, options)
+        config = checkpoint.read_config(directory)
+        layout = choose_layout(config, mesh, sharding)
+        _check_weights_fit(config, weights, layout, layout.mesh.local_devices)
+        model = checkpoint.restore(directory, layout, weights, progress)
+        return cls(model, layout, directory, options)
 
     @classmethod
-    def random(cls, config: ModelConfig, dtype: str = "bfloat16", seed: int = 0, **options: Any) -> LLM:
-        """Make a model with random weights, drawn on the device: for sizing, timing and tests."""
-        options, mesh = EngineOptions(**options), sharding.make_mesh()
+    def random(
+        cls,
+        config: ModelConfig,
+        dtype: str = "bfloat16",
+        seed: int = 0,
+        mesh: str | None = None,
+        sharding: str | None = None,
+        **options: Any,
+    ) -> LLM:
+        """Make a model with random weights, drawn on the devices: for sizing, timing and tests.
+
+        Args and errors are those of `load`.
+        """
+        options, layout = EngineOptions(**options), choose_layout(config, mesh, sharding)
         model = Ernie(config, checkpoint.parse_dtype(dtype))
-        _check_weights_fit(config, checkpoint.parse_dtype(dtype), mesh.devices.flat[0])
-        initialize(model, mesh, seed)
-        return cls(model, mesh, None, options)
+        _check_weights_fit(config, checkpoint.parse_dtype(dtype), layout, layout.mesh.local_devices)
+        initialize(model, layout, seed)
+        return cls(model, layout, None, options)
 
     def sampling_params(self, **fields: Any) -> SamplingParams:
         """Return the checkpoint's recommended sampling settings with `fields` in place of its own."""
@@ -240,25 +260,17 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Return the logits [T, V] float32 after each token of a sequence."""
-        self.engine.check_tokens(token_ids)
-        if self._forward is None:
-            graphdef, self._state = nnx.split(self.model)
-            self._forward = jax.jit(lambda state, tokens: forward(nnx.merge(graphdef, state), tokens))
-        padded = np.zeros((1, -(-len(token_ids) // 128) * 128), np.int32)  # few compiled lengths
-        padded[0, : len(token_ids)] = token_ids
-        return np.asarray(self._forward(self._state, padded)[0, : len(token_ids)], np.float32)
+        return self.engine.logits(token_ids)
 
     def describe(self) -> str:
-        """Say in one line what runs where: devices, mesh, dtype, op backends, cache."""
-        devices = self.mesh.devices.ravel()
-        mesh = ",".join(f"{name}:{size}" for name, size in self.mesh.shape.items())
-        options, engine = self.engine.options, self.engine
-        experts = options.expert_backend or "by tokens (gather, dense or blocks)"
+        """Say in one line what runs where: devices, sharding, dtype, op backends, cache."""
+        devices, engine = self.layout.mesh.devices.ravel(), self.engine
+        groups = f" in each of {self.layout.groups} data groups" if self.layout.groups > 1 else ""
         return (
-            f"{len(devices)} x {devices[0].device_kind} · mesh {mesh} · {jnp.dtype(engine.dtype).name} · "
-            f"attention: xla · experts: {experts if self.config.is_moe else 'none'} · "
-            f"cache {engine.cache_tokens:,} tokens in pages of {options.page_size} · "
-            f"up to {options.max_sequences} sequences"
+            f"{len(devices)} x {devices[0].device_kind} · sharding {self.layout.describe()} · "
+            f"{jnp.dtype(engine.dtype).name} · {engine.describe_ops()} · "
+            f"cache {engine.group_tokens:,} tokens{groups} in pages of {engine.options.page_size} · "
+            f"up to {engine.options.max_sequences} sequences"
         )
 
 
@@ -307,16 +319,34 @@ def _is_chat(prompt: Prompt) -> bool:
     return messages or isinstance(prompt, Mapping)
 
 
-def _check_weights_fit(config: ModelConfig, dtype: jnp.dtype, device: jax.Device) -> None:
-    """Refuse weights that exceed the device's free memory, where the device tells (a CPU does not)."""
-    stats = device.memory_stats() or {}
-    need = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in parameter_specs(config, dtype).values())
-    free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
-    if need > free:
-        raise UserError(
-            f"the weights take {need / 1e9:.1f} GB in {dtype.name}, and {device.device_kind} has {free / 1e9:.1f} GB "
-            "free; use a smaller --dtype or a larger device"
-        )
+def choose_layout(config: ModelConfig, mesh: str | None = None, sharding: str | None = None) -> Layout:
+    """Spread a model over the devices of all processes, as asked or by default.
+
+    The default takes the most devices that the model divides over. CPUs are one device, or one a process: virtual ones
+    share the same cores, so they are used only when asked for.
+
+    Raises:
+      UserError: as `sharding.make_layout`.
+    """
+    devices = jax.devices()
+    if mesh is None and sharding is None:
+        if devices[0].platform == "cpu" and jax.process_count() == 1:
+            devices = devices[:1]
+        devices = devices[: usable_devices(config, len(devices))]
+    return make_layout(config, devices, mesh, sharding)
+
+
+def _check_weights_fit(config: ModelConfig, dtype: jnp.dtype, layout: Layout, devices: Sequence[jax.Device]) -> None:
+    """Refuse weights of which a device's part exceeds its free memory, where the devices tell (CPUs do not)."""
+    need = shard_bytes(shard_abstract(nnx.state(Ernie(config, dtype)), layout))
+    for device in devices:
+        stats = device.memory_stats() or {}
+        free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+        if need > free:
+            raise UserError(
+                f"the weights take {need / 1e9:.1f} GB a device in {dtype.name} with sharding {layout.describe()}, and "
+                f"{device.device_kind} has {free / 1e9:.1f} GB free; use a smaller --dtype, more devices or larger ones"
+            )
 
 
 def _optional_json(path: epath.Path) -> dict:

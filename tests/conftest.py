@@ -11,7 +11,7 @@ import pytest
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.model import Ernie, initialize
-from ernie_jax.sharding import make_mesh
+from ernie_jax.sharding import single
 
 
 @pytest.fixture
@@ -45,5 +45,5 @@ def tiny_config() -> ModelConfig:
 def tiny_model(tiny_config) -> Ernie:
     """A float32 model with random weights large enough that greedy choices are far apart."""
     model = Ernie(tiny_config, jnp.float32)
-    initialize(model, make_mesh(), seed=3, scale=0.1)
+    initialize(model, single(), seed=3, scale=0.1)
     return model

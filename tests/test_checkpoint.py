@@ -9,7 +9,7 @@ from flax import nnx
 
 from ernie_jax import checkpoint
 from ernie_jax.errors import UserError
-from ernie_jax.sharding import make_mesh
+from ernie_jax.sharding import single
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def leaves(model):
 
 
 def test_round_trip_is_exact(saved, tiny_model):
-    restored = leaves(checkpoint.restore(saved, make_mesh()))
+    restored = leaves(checkpoint.restore(saved, single()))
     for name, value in leaves(tiny_model).items():
         assert restored[name].dtype == value.dtype
         np.testing.assert_array_equal(restored[name], value, err_msg=name)
@@ -39,13 +39,13 @@ def test_round_trip_is_exact(saved, tiny_model):
 
 def test_restore_in_groups(saved, tiny_model, monkeypatch):
     monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 10_000)
-    restored = leaves(checkpoint.restore(saved, make_mesh()))
+    restored = leaves(checkpoint.restore(saved, single()))
     for name, value in leaves(tiny_model).items():
         np.testing.assert_array_equal(restored[name], value, err_msg=name)
 
 
 def test_another_dtype_leaves_the_router_alone(saved, tiny_model):
-    restored = leaves(checkpoint.restore(saved, make_mesh(), jnp.bfloat16))
+    restored = leaves(checkpoint.restore(saved, single(), jnp.bfloat16))
     for name, value in leaves(tiny_model).items():
         expected = value if ".router." in name else value.astype(jnp.bfloat16)
         assert restored[name].dtype == expected.dtype
@@ -78,21 +78,21 @@ def broken(saved, tmp_path, change):
 )
 def test_checkpoints_that_do_not_fit(saved, tmp_path, change, sentence):
     with pytest.raises(UserError, match=sentence):
-        checkpoint.restore(broken(saved, tmp_path, change), make_mesh())
+        checkpoint.restore(broken(saved, tmp_path, change), single())
 
 
 def test_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
-        checkpoint.restore(tmp_path / "nothing", make_mesh())
+        checkpoint.restore(tmp_path / "nothing", single())
     with pytest.raises(UserError, match="run `main.py convert` first"):
-        checkpoint.restore(tmp_path, make_mesh())
+        checkpoint.restore(tmp_path, single())
     (tmp_path / "params").mkdir()
     with pytest.raises(UserError, match="run the same convert command again"):
-        checkpoint.restore(tmp_path, make_mesh())
+        checkpoint.restore(tmp_path, single())
 
 
 def test_a_parameter_may_be_larger_than_what_is_read_at_once(saved, tiny_model, monkeypatch):
     """Orbax refuses arrays beyond its limit; the 21B's expert stacks in float32 have 2 GB."""
     monkeypatch.setattr(checkpoint, "_READ_BYTES", 1000)
-    restored = leaves(checkpoint.restore(saved, make_mesh()))
+    restored = leaves(checkpoint.restore(saved, single()))
     np.testing.assert_array_equal(restored["embed.weight"], tiny_model.embed.weight[...])

@@ -16,6 +16,7 @@ import ernie_jax
 from convert import convert
 from ernie_jax import SamplingParams, UserError, checkpoint
 from ernie_jax.llm import _check_weights_fit
+from ernie_jax.sharding import make_layout, single
 
 EMBEDDED = pathlib.Path(__file__).parents[1] / "models" / "ernie-embedded"
 SIZE = {"cache_tokens": 4096, "max_sequences": 4}
@@ -174,14 +175,14 @@ def test_streams_concatenate_to_the_text(llm):
 
 
 def test_closing_a_stream_frees_everything(tiny):
-    free = tiny.engine._allocator.num_free
+    free = tiny.engine.free_tokens
     chunks = tiny.stream([[5, 6], [7]] * 4, [greedy(2), greedy(900)] * 4)
     first = next(chunks)
     assert first.completion and tiny.engine.has_work
     with pytest.raises(RuntimeError, match="a stream of this LLM is open"):
         tiny.generate([[5]], greedy(1))
     chunks.close()
-    assert not tiny.engine.has_work and tiny.engine._allocator.num_free == free
+    assert not tiny.engine.has_work and tiny.engine.free_tokens == free
     assert tiny.generate([[5, 6]], greedy(2)) == [first.completion]
 
 
@@ -265,8 +266,11 @@ def test_dtype_and_sizes(tiny_directory):
 def test_weights_that_exceed_the_device_are_refused():
     config = ernie_jax.ModelConfig.from_file(EMBEDDED.parents[1] / "configs" / "ernie-4.5-21b-a3b-thinking.json")
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 24e9, "bytes_in_use": 1e9}, device_kind="Toy")
-    with pytest.raises(UserError, match=r"the weights take 43\.7 GB in bfloat16, and Toy has 23\.0 GB free"):
-        _check_weights_fit(config, jnp.dtype(jnp.bfloat16), device)
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    sentence = r"the weights take 43\.7 GB a device in bfloat16 with sharding single, and Toy has 23\.0 GB free"
+    with pytest.raises(UserError, match=sentence):
+        _check_weights_fit(config, bfloat16, single(), [device])
+    _check_weights_fit(config, bfloat16, make_layout(config, jax.devices()[:2]), [device] * 2)  # 21.9 GB each
 
 
 def test_relative_paths_and_home(directory, monkeypatch):

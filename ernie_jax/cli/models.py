@@ -65,8 +65,28 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
     flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
     flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (GPU 2048, else 512)", flag_values=values)
+    flags.DEFINE_list(
+        "ops",
+        [],
+        "backends of ops, as experts=dense,exchange=padded; default: by platform and shape",
+        flag_values=values,
+    )
+    define_layout_flags(values)
+
+
+def define_layout_flags(values: flags.FlagValues) -> None:
+    """Define the flags that spread a model over devices."""
     flags.DEFINE_string(
-        "ops", None, "an op's backend, as experts=dense (or gather, blocks); default: by shape", flag_values=values
+        "mesh",
+        None,
+        "how many devices share what, as expert:8 or data:2,expert:4; axes: data, expert, tensor",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "sharding",
+        None,
+        "single, expert, expert+tensor, expert+data, exchange, tensor or fsdp; default: by the model and the devices",
+        flag_values=values,
     )
 
 
@@ -105,7 +125,7 @@ def load(values: flags.FlagValues, **options):
     use_compilation_cache()
     names = ("cache_tokens", "max_sequences", "prefill_chunk")
     options = {name: values[name].value for name in names if name in values} | options
-    options["expert_backend"] = _expert_backend(values.ops)
+    options |= _backends(values.ops) | {"mesh": values.mesh, "sharding": values.sharding}
     if values.model in presets():
         if not values.random_weights:
             raise UserError(
@@ -159,13 +179,16 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
     return str(target)
 
 
-def _expert_backend(ops: str | None) -> str | None:
-    if ops is None:
-        return None
-    op, _, backend = ops.partition("=")
-    if op != "experts":
-        raise UserError(f"--ops={ops}: write experts=BACKEND; the other ops have one backend (xla)")
-    return backend
+def _backends(ops: list[str]) -> dict[str, str]:
+    """Turn OP=BACKEND pairs into fields of EngineOptions, which checks the backends' names."""
+    fields = {"experts": "expert_backend", "exchange": "exchange_backend"}
+    chosen = {}
+    for pair in ops:
+        op, _, backend = pair.partition("=")
+        if op not in fields:
+            raise UserError(f"--ops={pair}: write OP=BACKEND, where OP is one of {', '.join(fields)}")
+        chosen[fields[op]] = backend
+    return chosen
 
 
 def use_compilation_cache() -> None:

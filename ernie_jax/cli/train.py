@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from absl import flags
 
+from ernie_jax.cli import models
 from ernie_jax.cli.command import Command, require
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "the recipe, a TOML file of configs/", flag_values=values)
     flags.DEFINE_multi_string("set", [], "name=value: override a recipe field", flag_values=values)
+    models.define_layout_flags(values)
 
 
 def _train(values: flags.FlagValues) -> None:
     require(values, "config")
     from ernie_jax.train import train
 
-    for source, perplexity in train(values.config, values["set"].value).items():
+    perplexities = train(values.config, values["set"].value, mesh=values.mesh, sharding=values.sharding)
+    for source, perplexity in perplexities.items():
         print(f"held-out perplexity of {source}: {perplexity:.3f}")
 
 
@@ -26,6 +29,7 @@ TRAIN = Command(
     (
         "main.py train --config=configs/train_embedded.toml",
         "main.py train --config=configs/train_embedded.toml --set=steps=100 --set=output=out/short",
+        "main.py train --config=configs/train_embedded.toml --sharding=fsdp",
     ),
     _define,
     _train,

@@ -8,28 +8,28 @@ are dropped.
 from __future__ import annotations
 
 import dataclasses
+import random
 import secrets
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ernie_jax.engine import cache
-from ernie_jax.engine.batching import Run, bucket, build_batch, take_chunks
+from ernie_jax.engine.batching import Run, Step, bucket, build_step, take_chunks
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, SamplingParams, build_rows
-from ernie_jax.engine.step import DeviceStep, sample_rows, set_rows
+from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
-from ernie_jax.ops import EXPERT_BACKENDS, RaggedBatch
+from ernie_jax.ops import EXCHANGE_BACKENDS, EXPERT_BACKENDS
+from ernie_jax.sharding import PRESETS, Layout
 
 FinishReason = Literal["stop", "length"]
 
 _STEPS_AHEAD = 2
-_PREFILL_ROWS = 8
+_PREFILL_ROWS = 8  # of a data group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class EngineOptions:
       max_sequences: sequences decoded at the same time.
       prefill_chunk: most prompt tokens of a step; None takes 2048 on a GPU, else 512.
       page_size: tokens of a cache page.
-      expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by the number of tokens.
+      expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by platform and number of tokens.
+      exchange_backend: a name of ops.EXCHANGE_BACKENDS; None chooses by platform.
     """
 
     cache_tokens: int | None = None
@@ -49,16 +50,18 @@ class EngineOptions:
     prefill_chunk: int | None = None
     page_size: int = cache.PAGE_SIZE
     expert_backend: str | None = None
+    exchange_backend: str | None = None
 
     def __post_init__(self):
         for name in ("cache_tokens", "max_sequences", "prefill_chunk", "page_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
-        if self.expert_backend not in (None, *EXPERT_BACKENDS):
-            raise UserError(
-                f"ops: no expert backend {self.expert_backend!r}; choose one of {', '.join(EXPERT_BACKENDS)}"
-            )
+        known = {"expert": EXPERT_BACKENDS, "exchange": EXCHANGE_BACKENDS}
+        for op, backends in known.items():
+            backend = getattr(self, f"{op}_backend")
+            if backend not in (None, *backends):
+                raise UserError(f"ops: no {op} backend {backend!r}; choose one of {', '.join(backends)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,7 @@ class _Sequence:
     seed: int = 0
     most: int = 0  # new tokens, by the request or by the context length
     slot: int = -1
+    group: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
     sampled: int = 0
@@ -96,6 +100,12 @@ class _InFlight:
     out: SampleOutput
 
 
+def default_prefill_chunk(platform: str) -> int:
+    """Return how many prompt tokens a step takes at most."""
+    # On a TPU, XLA's scatter of 2,048 tokens changes the layout of the whole cache; that of 512 does not.
+    return 2048 if platform == "gpu" else 512
+
+
 class Engine:
     """Generate for many requests at once over one paged cache.
 
@@ -106,7 +116,7 @@ class Engine:
     def __init__(
         self,
         model: Ernie,
-        mesh: Mesh,
+        layout: Layout,
         options: EngineOptions | None = None,
         *,
         valid_vocab: int | None = None,
@@ -119,23 +129,29 @@ class Engine:
           stop_ids: ids that end any sequence (unless it ignores them).
         """
         self.config = model.config
+        if not PRESETS[layout.preset].serves:
+            raise UserError(f"--sharding={layout.preset} is for training; choose another to generate")
         options = options or EngineOptions()
         if options.prefill_chunk is None:
-            # On a TPU, XLA's scatter of 2,048 tokens changes the layout of the whole cache; that of 512 does not.
-            chunk = 2048 if mesh.devices.flat[0].platform == "gpu" else 512
-            options = dataclasses.replace(options, prefill_chunk=chunk)
+            options = dataclasses.replace(options, prefill_chunk=default_prefill_chunk(layout.platform))
         self.options = options
         self.dtype = model.embed.weight.dtype
         self.valid_vocab = valid_vocab or self.config.vocab_size
         self.stop_ids = stop_ids
-        most = options.max_sequences * self.config.max_position_embeddings
-        tokens = options.cache_tokens or cache.default_cache_tokens(self.config, self.dtype, mesh.devices.flat[0], most)
-        self.num_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
+        self._groups = layout.groups
+        if options.cache_tokens is None:
+            most = options.max_sequences * self.config.max_position_embeddings
+            tokens = cache.default_group_tokens(self.config, self.dtype, layout, most)
+        else:
+            tokens = -(-options.cache_tokens // self._groups)
+        self._group_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
         self._max_pages = -(-self.config.max_position_embeddings // options.page_size)
-        self._pages = cache.make_pages(self.config, self.dtype, self.num_pages, options.page_size, mesh)
-        self._allocator = cache.PageAllocator(self.num_pages - 1)
-        self._step = DeviceStep(model, mesh, options.expert_backend)
-        self._last_tokens = jnp.zeros(options.max_sequences, jnp.int32)
+        self._pages = cache.make_pages(self.config, self.dtype, self._group_pages, options.page_size, layout)
+        self._pools = cache.PagePools(self._groups, self._group_pages - 1)
+        self._step = DeviceStep(model, layout, options.expert_backend, options.exchange_backend)
+        self._last_tokens = layout.put(np.zeros(options.max_sequences, np.int32))
+        self._put = layout.put
+        self._seeds = random.Random(secrets.randbits(63))
         self._features = Features()
         self._sampler: SamplerState | None = None
         self._free_slots = list(range(options.max_sequences - 1, -1, -1))
@@ -145,8 +161,29 @@ class Engine:
         self._requests = 0
 
     @property
+    def group_tokens(self) -> int:
+        """How many tokens the cache of a data group holds: the most that one sequence can have."""
+        return (self._group_pages - 1) * self.options.page_size
+
+    @property
     def cache_tokens(self) -> int:
-        return (self.num_pages - 1) * self.options.page_size
+        """How many tokens the cache holds over all sequences."""
+        return self._groups * self.group_tokens
+
+    @property
+    def free_tokens(self) -> int:
+        """How many tokens of the cache no sequence has reserved."""
+        return self._pools.num_free * self.options.page_size
+
+    def describe_ops(self) -> str:
+        """Name the backend of every op, and where it was not asked for what decides."""
+        step = self._step
+        words = [f"attention: {step.attention_backend}"]
+        if self.config.is_moe:
+            words.append(f"experts: {step.backends.experts or 'by tokens'}")
+        if step.exchanges:
+            words.append(f"exchange: {step.backends.exchange}")
+        return " · ".join(words)
 
     @property
     def has_work(self) -> bool:
@@ -161,7 +198,7 @@ class Engine:
         self.check(prompt, params)
         most = min(params.max_new_tokens, self.config.max_position_embeddings - len(prompt))
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         request, self._requests = self._requests, self._requests + 1
         self._waiting.append(_Sequence(request, prompt, params, stop_ids, seed, most))
         return request
@@ -180,6 +217,17 @@ class Engine:
             events += self._collect()
         return events
 
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the logits [T, V] float32 after each token of a sequence, computed without the cache.
+
+        Raises:
+          UserError: if there are none or one is outside the vocabulary.
+        """
+        self.check_tokens(tokens)
+        padded = np.zeros(-(-len(tokens) // 128) * 128, np.int32)  # few compiled lengths
+        padded[: len(tokens)] = tokens
+        return np.asarray(self._step.logits(padded)[: len(tokens)], np.float32)
+
     def score(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[float]]]:
         """Yield (index, log-probabilities of tokens 1, 2, ... each given those before) of each prompt as it is done.
 
@@ -196,26 +244,30 @@ class Engine:
         parts: dict[int, list[tuple[jax.Array, slice]]] = {i: [] for i in range(len(prompts))}
         try:
             while waiting or active:
-                while waiting and len(active) < _PREFILL_ROWS and self._reserve(waiting[0], len(waiting[0].prompt)):
+                while (
+                    waiting
+                    and len(active) < self._groups * _PREFILL_ROWS
+                    and self._reserve(waiting[0], len(waiting[0].prompt))
+                ):
                     active.append(waiting.popleft())
-                chosen, batch = self._prefill_batch(active)
-                targets = np.zeros(len(batch.tokens), np.int32)
-                places = [slice(*batch.starts[row : row + 2]) for row in range(len(chosen))]
+                chosen, step = self._prefill_step(active)
+                targets = np.zeros(len(step.tokens), np.int32)
+                places = [slice(*step.starts[row : row + 2]) for row in range(len(chosen))]
                 for sequence, place in zip(chosen, places, strict=True):
                     after = sequence.prompt[sequence.computed + 1 :][: place.stop - place.start]
                     targets[place.start : place.start + len(after)] = after
-                logprobs, self._pages = self._step.score(self._pages, batch, targets)
+                logprobs, self._pages = self._step.score(self._pages, step, targets)
                 for sequence, place in zip(chosen, places, strict=True):
                     parts[sequence.request].append((logprobs, place))
                     sequence.computed += place.stop - place.start
                     if sequence.computed == len(sequence.prompt):
                         active.remove(sequence)
-                        self._allocator.release(sequence.pages)
+                        self._pools.release(sequence.group, sequence.pages)
                         pieces = [np.asarray(array)[where] for array, where in parts.pop(sequence.request)]
                         yield sequence.request, np.concatenate(pieces)[:-1].tolist()
         finally:
             for sequence in active:  # if the caller stops early
-                self._allocator.release(sequence.pages)
+                self._pools.release(sequence.group, sequence.pages)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Check a request without queueing it; raises as `submit`."""
@@ -228,16 +280,17 @@ class Engine:
                 f"of {context}"
             )
         most = min(params.max_new_tokens, context - len(prompt))
-        if len(prompt) + most > self.cache_tokens:
+        if len(prompt) + most > self.group_tokens:
+            groups = f" in each of {self._groups} data groups" if self._groups > 1 else ""
             raise UserError(
                 f"prompt ({len(prompt)} tokens) and max_new_tokens ({most}) need more than the KV cache's "
-                f"{self.cache_tokens} tokens; lower max_new_tokens or raise --cache_tokens"
+                f"{self.group_tokens} tokens{groups}; lower max_new_tokens or raise --cache_tokens"
             )
 
     def check_length(self, tokens: Sequence[int]) -> None:
         """Check a text to be scored; raises as `score`."""
         self.check_tokens(tokens)
-        most = min(self.config.max_position_embeddings, self.cache_tokens)
+        most = min(self.config.max_position_embeddings, self.group_tokens)
         if len(tokens) > most:
             raise UserError(f"the text has {len(tokens)} tokens; context and KV cache allow {most}")
 
@@ -253,9 +306,10 @@ class Engine:
             raise UserError(f"token id {bad[0]} is outside the vocabulary of {self.config.vocab_size}")
 
     def _reserve(self, sequence: _Sequence, tokens: int) -> bool:
-        pages = self._allocator.allocate(-(-tokens // self.options.page_size))
-        sequence.pages = pages or []
-        return pages is not None
+        place = self._pools.allocate(-(-tokens // self.options.page_size))
+        if place is not None:
+            sequence.group, sequence.pages = place
+        return place is not None
 
     def _admit(self) -> list[TokenEvent]:
         """Give waiting sequences slots, and pages for all they may generate, while both last."""
@@ -276,10 +330,10 @@ class Engine:
                 events += self._collect()
             self._features = needed
             idle = [_Sequence(-1, (), SamplingParams(), slot=slot) for slot in range(self.options.max_sequences)]
-            self._sampler = jax.device_put(self._sampler_rows(idle))
+            self._sampler = jax.tree.map(self._put, self._sampler_rows(idle))
             new = self._running
         slots = np.array([sequence.slot for sequence in new], np.int32)
-        self._sampler = set_rows(self._sampler, slots, self._sampler_rows(new))
+        self._sampler = self._step.set_rows(self._sampler, slots, self._sampler_rows(new))
         return events
 
     def _sampler_rows(self, sequences: list[_Sequence]) -> SamplerState:
@@ -295,13 +349,13 @@ class Engine:
     def _dispatch(self) -> bool:
         """Dispatch a prefill step if any prompt is unfinished, else a decode step; False if there is nothing to do."""
         if prefilling := [s for s in self._running if s.computed < len(s.prompt)]:
-            chosen, batch = self._prefill_batch(prefilling)
+            chosen, step = self._prefill_step(prefilling)
         elif chosen := [s for s in self._running if s.sampled < s.most]:
             rows = bucket(len(chosen), self.options.max_sequences)
-            batch = self._build([Run((-1,), s.computed, s.pages) for s in chosen], rows, rows)
+            chosen, step = self._build([(s, Run((-1 - s.slot,), s.computed, s.pages)) for s in chosen], rows, rows)
         else:
             return False
-        new = np.diff(batch.starts)
+        new = np.diff(step.starts)
         # A slot out of range: nothing is sampled in that row.
         rows = np.full((2, len(new)), self.options.max_sequences, np.int32)
         sampling = []
@@ -311,37 +365,42 @@ class Engine:
                 rows[:, row] = sequence.slot, sequence.sampled
                 sequence.sampled += 1
                 sampling.append((row, sequence))
-        logits, self._pages = self._step.forward(self._pages, self._last_tokens, batch, rows[0])
+        logits, self._pages = self._step.forward(self._pages, self._last_tokens, step)
         if sampling:
-            out, self._sampler, self._last_tokens = sample_rows(
+            out, self._sampler, self._last_tokens = self._step.sample(
                 logits, self._sampler, self._last_tokens, rows, features=self._features, valid_vocab=self.valid_vocab
             )
             jax.tree.map(lambda array: array.copy_to_host_async(), out)
             self._in_flight.append(_InFlight(sampling, out))
         return True
 
-    def _prefill_batch(self, sequences: list[_Sequence]) -> tuple[list[_Sequence], RaggedBatch]:
-        """Choose prompt chunks for a step; returns the sequences that take part and their batch."""
-        chunks = take_chunks(
-            [len(s.prompt) - s.computed for s in sequences], self.options.prefill_chunk, _PREFILL_ROWS
-        )
-        chosen = sequences[: len(chunks)]
-        runs = [
-            Run(s.prompt[s.computed : s.computed + chunk], s.computed, s.pages)
-            for s, chunk in zip(chosen, chunks, strict=True)
-        ]
-        tokens = bucket(sum(chunks), self.options.prefill_chunk, least=16)
-        return chosen, self._build(runs, tokens, 1 if len(runs) == 1 else _PREFILL_ROWS)
+    def _prefill_step(self, sequences: list[_Sequence]) -> tuple[list[_Sequence], Step]:
+        """Choose prompt chunks for a step; returns the sequences that take part, and the step with a row for each."""
+        groups = {s.group for s in sequences}
+        budget = max(1, self.options.prefill_chunk // len(groups))
+        runs = []
+        for group in groups:
+            waiting = [s for s in sequences if s.group == group]
+            chunks = take_chunks([len(s.prompt) - s.computed for s in waiting], budget, _PREFILL_ROWS)
+            runs += [
+                (s, Run(s.prompt[s.computed : s.computed + chunk], s.computed, s.pages))
+                for s, chunk in zip(waiting, chunks, strict=False)
+            ]
+        tokens = bucket(sum(len(run.tokens) for _, run in runs), self.options.prefill_chunk, least=16)
+        return self._build(runs, tokens, 1 if len(runs) == 1 else self._groups * _PREFILL_ROWS)
 
-    def _build(self, runs: list[Run], tokens: int, rows: int) -> RaggedBatch:
-        return build_batch(
-            runs,
+    def _build(self, runs: list[tuple[_Sequence, Run]], tokens: int, rows: int) -> tuple[list[_Sequence], Step]:
+        """Sort runs by data group; returns their sequences in the order of the step's rows, and the step."""
+        runs = sorted(runs, key=lambda item: item[0].group)
+        step = build_step(
+            [[run for s, run in runs if s.group == group] for group in range(self._groups)],
             tokens=tokens,
             rows=rows,
             page_size=self.options.page_size,
             max_pages=self._max_pages,
-            scratch_page=self.num_pages - 1,
+            scratch_page=self._group_pages - 1,
         )
+        return [sequence for sequence, _ in runs], step
 
     def _collect(self) -> list[TokenEvent]:
         """Wait for the oldest step in flight and hand out its tokens."""
@@ -374,4 +433,4 @@ class Engine:
         sequence.finished = True
         self._running.remove(sequence)
         self._free_slots.append(sequence.slot)
-        self._allocator.release(sequence.pages)
+        self._pools.release(sequence.group, sequence.pages)

@@ -6,44 +6,46 @@ dispatched without waiting: the sampled token stays on the device, where the nex
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from ernie_jax import sharding
+from ernie_jax.engine.batching import Step, StepShape
 from ernie_jax.engine.cache import PAGE_AXES
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, record_tokens, sample, write_rows
-from ernie_jax.model import Ernie
-from ernie_jax.ops import RaggedBatch, paged_attention
+from ernie_jax.model import Backends, Ernie, GroupRows
+from ernie_jax.ops import (
+    RaggedBatch,
+    default_exchange_backend,
+    packed_attention,
+    paged_attention,
+)
+from ernie_jax.sharding import Layout
+
+_BATCH_AXES = ("group", None)
 
 
-@dataclasses.dataclass(frozen=True)
-class StepShape:
-    """The static shape of a step: T tokens, B rows, M pages a row, at most `query` new tokens a row."""
-
-    tokens: int
-    rows: int
-    pages: int
-    query: int
-
-
-def pack(batch: RaggedBatch, slots: np.ndarray) -> np.ndarray:
-    """Lay a host-side batch and the slot of each row out as one int32 vector [1, n]: one transfer a step."""
-    fields = (batch.tokens, batch.positions, batch.rows, batch.starts, batch.kv_lengths, batch.page_table, slots)
-    return np.concatenate([np.ravel(field) for field in fields]).astype(np.int32)[None]
+def pack(step: Step) -> np.ndarray:
+    """Lay a step out as one int32 array [G, n], a row for each data group: one transfer a step."""
+    shared = np.concatenate([step.tokens, step.last, [step.group_counts.sum()]])
+    rows = []
+    for batch, start, count in zip(step.groups, step.group_starts, step.group_counts, strict=True):
+        own = (batch.positions, batch.rows, batch.starts, batch.kv_lengths, batch.page_table.ravel())
+        rows.append(np.concatenate([shared, [start, count], *own]))
+    return np.stack(rows).astype(np.int32)
 
 
-def _unpack(packed: jax.Array, shape: StepShape) -> tuple[RaggedBatch, jax.Array]:
-    sizes = (shape.tokens,) * 3 + (shape.rows + 1, shape.rows, shape.rows * shape.pages, shape.rows)
-    tokens, positions, rows, starts, lengths, table, slots = jnp.split(packed, np.cumsum(sizes)[:-1])
-    table = table.reshape(shape.rows, shape.pages)
-    return RaggedBatch(tokens, positions, rows, starts, lengths, table, max_query=shape.query), slots
+def packed_size(shape: StepShape) -> int:
+    """Return the length n of a row of `pack`."""
+    return sum(_sizes(shape))
+
+
+def _sizes(shape: StepShape) -> tuple[int, ...]:
+    tokens, rows = shape.group_tokens, shape.group_rows
+    return (shape.tokens, shape.rows, 1, 1, 1, tokens, tokens, rows + 1, rows, rows * shape.pages)
 
 
 class DeviceStep:
@@ -52,93 +54,184 @@ class DeviceStep:
     The weights travel as a list of leaves because flattening a module costs more than a small step takes.
     """
 
-    def __init__(self, model: Ernie, mesh: Mesh, expert_backend: str | None):
+    def __init__(
+        self,
+        model: Ernie,
+        layout: Layout,
+        expert_backend: str | None = None,
+        exchange_backend: str | None = None,
+    ):
+        """Prepare the steps of a model whose weights lie as `layout` says; abstract weights allow `lower` only.
+
+        Backends are names of ops' tables; None chooses by platform, that of the experts also by the number of tokens.
+        """
+        config, platform = model.config, layout.platform
+        self.attention_backend = "xla"
+        self.backends = Backends(expert_backend, exchange_backend or default_exchange_backend(platform), platform)
+        self.exchanges = layout.shard().exchanges
         graphdef, state = nnx.split(model)
         self._leaves, treedef = jax.tree.flatten(state)
+        self._layout = layout
         variables = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-        specs = [sharding.spec(variable.get_metadata("axes")) for variable in variables]
-        page_spec = [sharding.spec(PAGE_AXES)] * model.config.num_hidden_layers
-        self._batch_sharding = NamedSharding(mesh, sharding.spec(("group", None)))
+        specs = [layout.spec(variable.get_metadata("axes")) for variable in variables]
+        page_spec = [layout.spec(PAGE_AXES)] * config.num_hidden_layers
+        everywhere = layout.spec(())
+        shard = layout.shard()
         self.traces = 0  # how often a step was compiled: tests hold it to the number of shapes
 
         def run(leaves, pages, last_tokens, packed, shape):
+            """Return the model, the hidden states [T, D] of all tokens, the pages, and the last token of each row."""
             self.traces += 1
-            batch, slots = _unpack(packed[0], shape)  # this shard's data group
-            row = jnp.minimum(batch.rows, shape.rows - 1)
-            tokens = jnp.where(batch.tokens < 0, last_tokens[slots[row]], batch.tokens)
+            fields = jnp.split(packed[0], np.cumsum(_sizes(shape))[:-1])
+            tokens, last, total, start, count, positions, rows, starts, lengths, table = fields
+            batch = RaggedBatch(
+                positions, rows, starts, lengths, table.reshape(shape.group_rows, shape.pages), max_query=shape.query
+            )
+            window = GroupRows(total=total[0], count=total[0])
+            if layout.groups > 1:
+                window = GroupRows(start[0], count[0], total[0], shape.group_tokens)
+            tokens = jnp.where(tokens < 0, last_tokens[jnp.maximum(-1 - tokens, 0)], tokens)
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
             out = model(
-                tokens, batch.positions, lambda *qkv: paged_attention(*qkv, batch), pages, expert_backend=expert_backend
+                tokens,
+                positions,
+                lambda *qkv: paged_attention(*qkv, batch),
+                pages,
+                backends=self.backends,
+                shard=shard,
+                rows=window,
             )
-            return model, out, tokens, batch
+            return model, whole(out.hidden, window, shape.tokens), out.caches, last
 
         def forward(leaves, pages, last_tokens, packed, *, shape):
-            model, out, _, batch = run(leaves, pages, last_tokens, packed, shape)
-            return model.logits(out.hidden[batch.starts[1:] - 1]), out.caches  # of the last token of each row
+            model, hidden, pages, last = run(leaves, pages, last_tokens, packed, shape)
+            return model.logits(hidden[last]), pages
 
         def score(leaves, pages, packed, targets, *, shape):
-            model, out, _, _ = run(leaves, pages, jnp.zeros((1,), jnp.int32), packed, shape)
-            logprobs = jax.nn.log_softmax(model.logits(out.hidden).astype(jnp.float32))
-            return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0], out.caches
+            model, hidden, pages, _ = run(leaves, pages, jnp.zeros((1,), jnp.int32), packed, shape)
+            logits = model.logits(hidden).astype(jnp.float32)  # of this shard's slice of the vocabulary
+            largest = shard.max(logits.max(-1), "vocab")
+            total = shard.sum(jnp.exp(logits - largest[:, None]).sum(-1), "vocab")
+            column = targets - shard.index("vocab") * logits.shape[1]
+            mine = (column >= 0) & (column < logits.shape[1])
+            target = jnp.take_along_axis(logits, jnp.where(mine, column, 0)[:, None], axis=-1)[:, 0]
+            target = shard.sum(jnp.where(mine, target, 0), "vocab")
+            return target - largest - jnp.log(total), pages
 
-        def sharded(function, inputs):
-            """Wrap in shard_map; outputs are one replicated array and the pages."""
+        def logits(leaves, tokens):
+            """Run whole sequences without a cache; the first group computes their attention."""
+            model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+            length = len(tokens)
+            window = GroupRows()
+            if layout.groups > 1:
+                count = jnp.where(shard.index("group") == 0, length, 0)
+                window = GroupRows(jnp.int32(0), count, jnp.int32(length), length)
+
+            def attend(q, k, v, cache):
+                return packed_attention(q[None], k[None], v[None], jnp.zeros((1, length), jnp.int32))[0], cache
+
+            out = model(tokens, jnp.arange(length), attend, backends=self.backends, shard=shard, rows=window)
+            return model.logits(whole(out.hidden, window, length))
+
+        def whole(hidden, window, tokens):
+            """Return the hidden states of all tokens, also where each group keeps its own."""
+            if shard.exchanges:
+                hidden = shard.sum(window.spread(hidden, tokens), "group")
+            return hidden
+
+        def sharded(function, inputs, output):
+            """Wrap in shard_map; outputs are one array and the pages."""
 
             @functools.partial(jax.jit, static_argnames="shape", donate_argnames="pages")
             def call(leaves, pages, *args, shape):
                 return jax.shard_map(
                     functools.partial(function, shape=shape),
-                    mesh=mesh,
+                    mesh=layout.mesh,
                     in_specs=(specs, page_spec, *inputs),
-                    out_specs=(P(), page_spec),
+                    out_specs=(output, page_spec),
                     check_vma=False,  # Pallas kernels carry no varying-axes types
                 )(leaves, pages, *args)
 
             return call
 
-        group = sharding.spec(("group", None))
-        self._forward = sharded(forward, (P(), group))
-        self._score = sharded(score, (group, P()))
+        group = layout.spec(_BATCH_AXES)
+        self._forward = sharded(forward, (everywhere, group), layout.spec((None, "vocab")))
+        self._score = sharded(score, (group, everywhere), everywhere)
+        here = layout.sharding()
+        self._logits = jax.jit(
+            jax.shard_map(
+                logits,
+                mesh=layout.mesh,
+                in_specs=(specs, everywhere),
+                out_specs=layout.spec((None, "vocab")),
+                check_vma=False,
+            ),
+            out_shardings=here,
+        )
+        self._sample = jax.jit(
+            functools.partial(_sample_rows, layout),
+            static_argnames=("features", "valid_vocab"),
+            donate_argnames=("state", "last_tokens"),
+            out_shardings=here,
+        )
+        self.set_rows = jax.jit(write_rows, donate_argnums=0, out_shardings=here)
 
-    def forward(self, pages: list, last_tokens: jax.Array, batch: RaggedBatch, slots: np.ndarray):
-        """Run a step; returns logits [B, V] of each row's last token, and the pages (donated)."""
-        packed = jax.device_put(pack(batch, slots), self._batch_sharding)
-        return self._forward(self._leaves, pages, last_tokens, packed, shape=_shape(batch))
+    def forward(self, pages: list, last_tokens: jax.Array, step: Step) -> tuple[jax.Array, list]:
+        """Run a step; returns logits [B, V] of each row's last token, split by vocabulary, and the pages (donated)."""
+        packed = self._layout.put(pack(step), _BATCH_AXES)
+        return self._forward(self._leaves, pages, last_tokens, packed, shape=step.shape)
 
-    def score(self, pages: list, batch: RaggedBatch, targets: np.ndarray):
+    def score(self, pages: list, step: Step, targets: np.ndarray) -> tuple[jax.Array, list]:
         """Run a step; returns log-probabilities [T] float32 of `targets` [T], each after its token, and the pages."""
-        packed = jax.device_put(pack(batch, np.zeros_like(batch.kv_lengths)), self._batch_sharding)
-        return self._score(self._leaves, pages, packed, targets, shape=_shape(batch))
+        packed = self._layout.put(pack(step), _BATCH_AXES)
+        return self._score(self._leaves, pages, packed, self._layout.put(targets), shape=step.shape)
+
+    def logits(self, tokens: np.ndarray) -> jax.Array:
+        """Return the logits [T, V] after each token of one sequence [T], without the cache."""
+        return self._logits(self._leaves, self._layout.put(tokens))
+
+    def sample(
+        self,
+        logits: jax.Array,
+        state: SamplerState,
+        last_tokens: jax.Array,
+        rows: np.ndarray,
+        *,
+        features: Features,
+        valid_vocab: int,
+    ) -> tuple[SampleOutput, SamplerState, jax.Array]:
+        """Sample the next token of each row and put it where the next step finds it.
+
+        A row whose slot number is out of range generates nothing: its output is to be ignored.
+
+        Args:
+          logits: [B, V].
+          state: one row a slot; donated.
+          last_tokens: [slots] int32; donated.
+          rows: [2, B] int32, the slot of each row and the index of the token it is to generate.
+        """
+        return self._sample(logits, state, last_tokens, rows, features=features, valid_vocab=valid_vocab)
+
+    def lower(self, shape: StepShape, pages: list[jax.ShapeDtypeStruct], slots: int) -> jax.stages.Lowered:
+        """Lower the forward step for compilation ahead of time."""
+        last_tokens = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=self._layout.sharding())
+        packed = jax.ShapeDtypeStruct(
+            (self._layout.groups, packed_size(shape)), jnp.int32, sharding=self._layout.sharding(_BATCH_AXES)
+        )
+        return self._forward.lower(self._leaves, pages, last_tokens, packed, shape=shape)
+
+    def lower_sample(self, logits, state, last_tokens, rows, *, features: Features, valid_vocab: int):
+        """Lower the sampler; arguments are those of `sample`, as shapes with shardings."""
+        return self._sample.lower(logits, state, last_tokens, rows, features=features, valid_vocab=valid_vocab)
 
 
-def _shape(batch: RaggedBatch) -> StepShape:
-    return StepShape(len(batch.tokens), *batch.page_table.shape, batch.max_query)
-
-
-@functools.partial(jax.jit, static_argnames=("features", "valid_vocab"), donate_argnames=("state", "last_tokens"))
-def sample_rows(
-    logits: jax.Array,  # [B, V]
-    state: SamplerState,  # one row a slot
-    last_tokens: jax.Array,  # [slots] int32
-    rows: jax.Array,  # [2, B] int32: slot of each row, and the index of the token it is to generate
-    *,
-    features: Features,
-    valid_vocab: int,
-) -> tuple[SampleOutput, SamplerState, jax.Array]:
-    """Sample the next token of each row and put it where the next step finds it.
-
-    A row whose slot number is out of range generates nothing: its output is to be ignored.
-    """
+def _sample_rows(layout, logits, state, last_tokens, rows, *, features, valid_vocab):
     slots, steps = rows
+    if features != Features():  # a search through the whole vocabulary: gather the logits once, not at every stage
+        logits = jax.lax.with_sharding_constraint(logits, layout.sharding())
     of_rows = jax.tree.map(lambda field: jnp.take(field, slots, axis=0, mode="clip"), state)
     out = sample(logits, of_rows, steps, features=features, valid_vocab=valid_vocab)
     if features.penalties:
         counted = record_tokens(of_rows, out.tokens, jnp.ones(slots.shape, bool))
         state = write_rows(state, slots, counted)
     return out, state, last_tokens.at[slots].set(out.tokens, mode="drop")
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def set_rows(state: SamplerState, slots: jax.Array, rows: SamplerState) -> SamplerState:
-    """Write the sampler rows of sequences that just got their slots."""
-    return write_rows(state, slots, rows)

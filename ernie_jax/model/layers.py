@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from ernie_jax.config import ModelConfig
-from ernie_jax.ops import default_expert_backend, einsum, grouped_mlp, linear, swiglu
+from ernie_jax.ops import default_expert_backend, einsum, exchange_mlp, grouped_mlp, linear, swiglu
+from ernie_jax.sharding import Shard
 
 # (layer index, q [..., K, R, H], k [..., K, H], v [..., K, H], cache) -> (out [..., K, R, H], cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]]
@@ -25,6 +26,56 @@ def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype, init:
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init)
 
 
+class Backends(NamedTuple):
+    """Which backend computes the experts and which moves tokens to them; names of `ops`' tables.
+
+    Attributes:
+      experts: None chooses by `platform` and the number of tokens.
+    """
+
+    experts: str | None = None
+    exchange: str = "padded"
+    platform: str = "cpu"
+
+
+DEFAULT_BACKENDS = Backends()
+
+
+class GroupRows(NamedTuple):
+    """Where the tokens of a shard's data group lie among the T tokens of a step; without `start` all T are its own.
+
+    A group takes a window of `length` rows from `start` on. Those beyond `count` are padding or another group's.
+
+    Attributes:
+      start, count: int32 scalars.
+      total: int32 scalar, how many of the T tokens are no padding; None: all.
+      length: static.
+    """
+
+    start: jax.Array | None = None
+    count: jax.Array | None = None
+    total: jax.Array | None = None
+    length: int = 0
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """Return the group's window [length, ...] of x [T, ...]."""
+        if self.start is None:
+            return x
+        padded = jnp.pad(x, ((0, self.length), *((0, 0),) * (x.ndim - 1)))
+        return jax.lax.dynamic_slice_in_dim(padded, self.start, self.length)
+
+    def spread(self, y: jax.Array, tokens: int) -> jax.Array:
+        """Put the window y [length, D] back among zeros [T, D]."""
+        if self.start is None:
+            return y
+        y = jnp.where(jnp.arange(self.length)[:, None] < self.count, y, 0)
+        zeros = jnp.zeros((tokens + self.length, y.shape[1]), y.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(zeros, y, self.start, 0)[:tokens]
+
+
+ALL_ROWS = GroupRows()
+
+
 class Linear(nnx.Module):
     """An affine map between named axes; the weight is [*out, *in]."""
 
@@ -33,8 +84,12 @@ class Linear(nnx.Module):
         if bias:
             self.bias = parameter(tuple(out.values()), tuple(out), dtype, "zeros")
 
-    def __call__(self, subscripts: str, x: jax.Array) -> jax.Array:
-        return linear(subscripts, x, self.weight[...], self.bias[...] if hasattr(self, "bias") else None)
+    def __call__(self, subscripts: str, x: jax.Array, summed_over: jax.Array | int = 0) -> jax.Array:
+        """Apply to x; of shards whose results are to be summed, that with index `summed_over` 0 adds the bias."""
+        bias = None
+        if hasattr(self, "bias"):
+            bias = jnp.where(summed_over == 0, self.bias[...], 0)
+        return linear(subscripts, x, self.weight[...], bias)
 
 
 class RMSNorm(nnx.Module):
@@ -83,11 +138,12 @@ class Attention(nnx.Module):
         self.qkv = Linear(heads, model, dtype, config.use_bias)
         self.out = Linear(model, heads | {"group_head": group}, dtype, config.use_bias)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, attend: Attend, cache):  # x [..., D]
+    def __call__(self, x: jax.Array, angles: jax.Array, attend: Attend, cache, shard: Shard):  # x [..., D]
+        """Return the sum over this shard's heads [..., D], and the cache."""
         qkv = self.qkv("...d,krhd->...krh", x)
         rotated = rotate(qkv[..., :-1, :], angles[..., None, :])  # queries and the key
         out, cache = attend(rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :], cache)
-        return self.out("...krh,dkrh->...d", out), cache
+        return self.out("...krh,dkrh->...d", out, shard.index("kv_head")), cache
 
 
 class MLP(nnx.Module):
@@ -98,9 +154,10 @@ class MLP(nnx.Module):
         self.gate_up = Linear({"gate_up": 2, **inner}, model, dtype, config.use_bias)
         self.down = Linear(model, inner, dtype, config.use_bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D]
+    def __call__(self, x: jax.Array, shard: Shard) -> jax.Array:  # [..., D]
+        """Return the sum over this shard's part of the inner width, [..., D]."""
         gate_up = self.gate_up("...d,xfd->...xf", x)
-        return self.down("...f,df->...d", swiglu(gate_up, axis=-2))
+        return self.down("...f,df->...d", swiglu(gate_up, axis=-2), shard.index("mlp"))
 
 
 class Routing(NamedTuple):
@@ -139,9 +196,34 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype):
         experts, model = {"expert": config.moe_num_experts}, {"embed": config.hidden_size}
-        inner = {"mlp": config.moe_intermediate_size}
+        inner = {"expert_mlp": config.moe_intermediate_size}
         self.gate_up = Linear({**experts, "gate_up": 2, **inner}, model, dtype)
         self.down = Linear({**experts, **model}, inner, dtype)
+        self.count = config.moe_num_experts
+
+    def __call__(
+        self, x: jax.Array, experts: jax.Array, weights: jax.Array, shard: Shard, backends: Backends
+    ) -> jax.Array:
+        """Return the weighted sum [T, D] over this shard's part of each token's experts; all of it if they exchange."""
+        gate_up, down = self.gate_up.weight[...], self.down.weight[...]
+        local, k = gate_up.shape[0], experts.shape[-1]
+        first = shard.index("expert") * local
+
+        def compute(x, experts, weights):
+            backend = backends.experts or default_expert_backend(len(x), k, backends.platform, local, self.count)
+            return grouped_mlp(x, experts, weights, gate_up, down, backend, first)
+
+        if shard.exchanges and local < self.count:
+            return exchange_mlp(
+                x,
+                experts,
+                weights,
+                compute,
+                axes=shard.axes("expert"),
+                experts_per_shard=local,
+                backend=backends.exchange,
+            )
+        return compute(x, experts, weights)
 
 
 class MoE(nnx.Module):
@@ -153,17 +235,25 @@ class MoE(nnx.Module):
         if config.moe_num_shared_experts:
             self.shared = MLP(config, config.moe_intermediate_size * config.moe_num_shared_experts, dtype)
 
-    def __call__(self, x: jax.Array, backend: str | None) -> tuple[jax.Array, Routing]:  # [..., D]
+    def __call__(
+        self, x: jax.Array, shard: Shard, backends: Backends, live: jax.Array | None
+    ) -> tuple[jax.Array, Routing]:
+        """Return the sum over this shard's part of the experts, [..., D], and the routing.
+
+        Args:
+          live: how many of the T tokens are no padding; padding is sent to no expert.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
             routing = self.router(tokens)
         with jax.named_scope("experts"):
-            backend = backend or default_expert_backend(len(tokens), self.router.k)
-            weights = self.experts.gate_up.weight[...], self.experts.down.weight[...]
-            y = grouped_mlp(tokens, routing.experts, routing.weights, *weights, backend)
+            experts = routing.experts
+            if live is not None and len(tokens) > 1:
+                experts = jnp.where(jnp.arange(len(tokens))[:, None] < live, experts, self.experts.count)
+            y = self.experts(tokens, experts, routing.weights, shard, backends)
         if hasattr(self, "shared"):
             with jax.named_scope("shared"):
-                y = y + self.shared(tokens)
+                y = y + self.shared(tokens, shard)
         return y.reshape(x.shape), routing
 
 
@@ -176,15 +266,24 @@ class DecoderLayer(nnx.Module):
         self.post_attention_norm = RMSNorm(config, dtype)
         self.mlp = MoE(config, dtype) if moe else MLP(config, config.intermediate_size, dtype)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, attend: Attend, cache, expert_backend: str | None):
-        """Return (x [..., D], cache, Routing or None)."""
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, attend: Attend, cache, shard: Shard, rows: GroupRows, backends: Backends
+    ):
+        """Return (x [..., D], cache, Routing or None).
+
+        The two sums over shards are all the communication there is, but for an exchange of tokens between experts.
+
+        Args:
+          rows: which of the tokens are this shard's group's.
+        """
         with jax.named_scope("attention"):
-            out, cache = self.attention(self.input_norm(x), angles, attend, cache)
-            x = x + out
+            out, cache = self.attention(rows.take(self.input_norm(x)), angles, attend, cache, shard)
+            x = x + shard.sum(rows.spread(out, len(x)), *shard.attention_parts)
         with jax.named_scope("mlp"):
             h, routing = self.post_attention_norm(x), None
             if isinstance(self.mlp, MoE):
-                h, routing = self.mlp(h, expert_backend)
+                h, routing = self.mlp(h, shard, backends, rows.total)
             else:
-                h = self.mlp(h)
-        return x + h, cache, routing
+                h = self.mlp(h, shard)
+            x = x + shard.sum(h, "mlp")
+        return x, cache, routing

@@ -11,9 +11,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ernie_jax.config import ModelConfig
-from ernie_jax.model.layers import Attend, DecoderLayer, Linear, RMSNorm, Routing, parameter, rotary_angles
+from ernie_jax.model.layers import (
+    ALL_ROWS,
+    DEFAULT_BACKENDS,
+    Attend,
+    Backends,
+    DecoderLayer,
+    GroupRows,
+    Linear,
+    RMSNorm,
+    Routing,
+    parameter,
+    rotary_angles,
+)
 from ernie_jax.ops import embed, linear, packed_attention
-from ernie_jax.sharding import shard_abstract
+from ernie_jax.sharding import WHOLE, Layout, Shard, shard_abstract
 
 
 class ModelOutput(NamedTuple):
@@ -30,8 +42,14 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, dtype):
         self.weight = parameter((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:  # [...] -> [..., D]
-        return embed(self.weight[...], tokens)
+    def __call__(self, tokens: jax.Array, shard: Shard) -> jax.Array:  # [...] -> [..., D]
+        table = self.weight[...]
+        if shard.size("vocab") == 1:
+            return embed(table, tokens)
+        row = tokens - shard.index("vocab") * len(table)
+        mine = (row >= 0) & (row < len(table))
+        x = jnp.where(mine[..., None], embed(table, jnp.where(mine, row, 0)), 0)
+        return shard.sum(x, "vocab")
 
 
 class Head(nnx.Module):
@@ -80,30 +98,41 @@ class Ernie(nnx.Module):
         positions: jax.Array,  # [...] int32
         attend: Attend,
         caches: list | None = None,
-        expert_backend: str | None = None,
+        *,
+        backends: Backends = DEFAULT_BACKENDS,
+        shard: Shard = WHOLE,
+        rows: GroupRows = ALL_ROWS,
     ) -> ModelOutput:
         """Run the decoder.
 
+        Inside `jax.shard_map` the weights are one shard's and `tokens` [T] are those of all shards, every one of which
+        computes the same hidden states; only `attend`, `positions` and the caches are its own data group's. A shard
+        that exchanges computes and returns the hidden states of its group alone.
+
         Args:
+          positions: of the group's rows.
           attend: (q [..., K, R, H], k [..., K, H], v [..., K, H], cache) -> (out [..., K, R, H], cache); called once a
             layer with that layer's entry of `caches`.
           caches: one entry a layer; None without a cache.
-          expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by the number of tokens.
+          shard: this shard's view of the layout.
+          rows: this group's window of the tokens; default: all of them.
         """
         caches = list(caches) if caches is not None else [None] * len(self.layers)
         with jax.named_scope("embed"):
-            x = self.embed(tokens)
+            x = self.embed(tokens, shard)
+            if shard.exchanges:  # from here on each shard has its group's tokens only
+                x, rows = rows.take(x), GroupRows(total=rows.count)
         angles = rotary_angles(positions, self.config)
         routing = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, caches[i], routed = layer(x, angles, attend, caches[i], expert_backend)
+                x, caches[i], routed = layer(x, angles, attend, caches[i], shard, rows, backends)
             if routed is not None:
                 routing.append(routed)
         return ModelOutput(self.norm(x), caches, tuple(routing))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Map hidden states [..., D] to logits [..., V], in the model's dtype."""
+        """Map hidden states [..., D] to logits [..., V], in the model's dtype; of a shard's slice of the vocabulary."""
         with jax.named_scope("head"):
             tied = self.config.tie_word_embeddings
             weight = self.embed.weight if tied else self.head.weight
@@ -127,13 +156,21 @@ def parameter_specs(config: ModelConfig, dtype=jnp.bfloat16) -> dict[str, jax.Sh
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
-def initialize(model: Ernie, mesh: jax.sharding.Mesh, seed: int = 0, scale: float = 0.02) -> None:
-    """Fill an abstract model with random weights, drawn on the devices of `mesh` straight into their shards.
+def abstract_model(config: ModelConfig, dtype, layout: Layout) -> Ernie:
+    """Make a model without weights whose abstract parameters say where each lies."""
+    model = Ernie(config, dtype)
+    nnx.update(model, shard_abstract(nnx.state(model), layout))
+    return model
 
-    Matrices are normal with standard deviation `scale`, norms one, biases (the routers' too) zero.
+
+def initialize(model: Ernie, layout: Layout, seed: int = 0, scale: float = 0.02) -> None:
+    """Fill an abstract model with random weights, drawn straight into the shards of a layout.
+
+    The numbers are the same in every layout. Matrices are normal with standard deviation `scale`, norms one, biases
+    (the routers' too) zero.
     """
     root = jax.random.key(seed)
-    state = shard_abstract(nnx.state(model), mesh)
+    state = shard_abstract(nnx.state(model), layout)
 
     def draw(path, variable):
         value = variable.get_value()

@@ -7,7 +7,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
+from ernie_jax.errors import UserError
 from ernie_jax.ops.precision import einsum
 
 _BLOCK = 2048  # cached positions that one step of the online softmax looks at
@@ -16,18 +18,17 @@ _MASKED = -1e30  # finite, so that a fully masked row gives a finite (and unused
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "rows", "starts", "kv_lengths", "page_table"],
+    data_fields=["positions", "rows", "starts", "kv_lengths", "page_table"],
     meta_fields=["max_query"],
 )
 @dataclasses.dataclass(frozen=True)
 class RaggedBatch:
     """Describe one step: T tokens of up to B sequences, of which each brings a run of new tokens.
 
-    The tokens of sequence b are `tokens[starts[b]:starts[b + 1]]`; one decode token or a prefill chunk, mixed at will.
-    Padding tokens have row B. Every array may carry a leading data-group axis outside the sharded step.
+    Sequence b brings the tokens starts[b] to starts[b + 1]; one decode token or a prefill chunk, mixed at will. Padding
+    tokens have row B. Of sharded steps this describes one data group.
 
     Attributes:
-      tokens: [T] int32 token ids; -1 stands for the token last sampled in that row, which only the device knows.
       positions: [T] int32 position in the sequence.
       rows: [T] int32 which sequence.
       starts: [B + 1] int32 first token of each sequence.
@@ -37,7 +38,6 @@ class RaggedBatch:
       max_query: static; no sequence brings more new tokens than this.
     """
 
-    tokens: jax.Array
     positions: jax.Array
     rows: jax.Array
     starts: jax.Array
@@ -52,19 +52,39 @@ def paged_attention(
     v: jax.Array,  # [T, K, H]
     pages: jax.Array,  # [P, page_size, 2K, H]
     batch: RaggedBatch,
+    backend: str = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """Write the new keys and values into their pages, then attend causally over each sequence's pages.
 
     Pages hold k and v interleaved by head: k0, v0, k1, v1, ... The softmax is float32. Rows of padding tokens come back
     undefined but finite, and write to the last page, which belongs to no sequence.
 
+    Args:
+      backend: a name of ATTENTION_BACKENDS.
+
     Returns:
       out [T, K, R, H] in the dtype of `q`, and the updated pages.
-    """
-    page_size = pages.shape[1]
-    tokens, kv_heads, group, head_dim = q.shape
-    sequences = batch.kv_lengths.shape[0]
 
+    Raises:
+      UserError: if the backend does not take these shapes or dtypes.
+    """
+    pages = _write(k, v, pages, batch)
+    return ATTENTION_BACKENDS[backend](q, pages, batch), pages
+
+
+def default_attention_backend(platform: str, head_dim: int, dtype: jnp.dtype, kv_heads: int) -> str:
+    """Choose a backend: on TPUs the kernel, where it takes the model's heads.
+
+    Args:
+      kv_heads: key/value heads of one shard.
+    """
+    return "rpa" if platform == "tpu" and _rpa_problem(head_dim, dtype, kv_heads) is None else "xla"
+
+
+def _write(k, v, pages, batch):
+    """Scatter the new keys and values [T, K, H] into pages, in place if those are donated."""
+    page_size = pages.shape[1]
+    tokens, kv_heads, head_dim = k.shape
     table = jnp.pad(batch.page_table, ((0, 1), (0, 0)), constant_values=len(pages) - 1)  # row of padding tokens
     page = table[batch.rows, batch.positions // page_size]
     new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim).astype(pages.dtype)
@@ -75,16 +95,19 @@ def paged_attention(
         page = jnp.pad(page, (0, 1), constant_values=len(pages) - 1)
         slot, new = jnp.tile(slot, 2), jnp.tile(new, (2, 1, 1))
     pages = pages.at[page, slot].set(new, mode="promise_in_bounds")
-    # Without the barrier XLA may fuse the write into the reads below as well, and then copies the whole cache first.
-    pages = jax.lax.optimization_barrier(pages)
+    # Without the barrier XLA may fuse the write into the reads that follow, and then copies the whole cache first.
+    return jax.lax.optimization_barrier(pages)
 
-    # Pad the ragged queries to [B, Q]: the reference trades arithmetic for a simple layout.
+
+def _xla(q, pages, batch):
+    """The reference: ragged queries padded to [B, Q], which trades arithmetic for a simple layout."""
+    tokens, sequences = len(q), len(batch.kv_lengths)
     offsets = jnp.arange(batch.max_query)
     source = jnp.minimum(batch.starts[:-1, None] + offsets, tokens - 1)  # [B, Q]
     out = _attend_pages(q[source], pages, batch.page_table, batch.positions[source], batch.kv_lengths)
     row = jnp.minimum(batch.rows, sequences - 1)
     offset = jnp.clip(jnp.arange(tokens) - batch.starts[row], 0, batch.max_query - 1)
-    return out[row, offset], pages
+    return out[row, offset]
 
 
 def _attend_pages(q, pages, table, positions, lengths):
@@ -118,6 +141,49 @@ def _attend_pages(q, pages, table, positions, lengths):
         carry, _ = jax.lax.scan(step, carry, (jnp.arange(blocks), jnp.moveaxis(table, 1, 0)))
     _, total, out = carry
     return jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype)  # [B, Q, K, R, H]
+
+
+def _rpa(q, pages, batch):
+    """JAX's TPU kernel: a block of queries at a time over those of a sequence's pages that are in use."""
+    tokens, kv_heads, group, head_dim = q.shape
+    if problem := _rpa_problem(head_dim, pages.dtype, kv_heads):
+        raise UserError(f"attention backend rpa {problem}; use attention backend xla")
+    _, page_size, _, _ = pages.shape
+    sequences, width = batch.page_table.shape
+    # Up to 1,024 cached positions at a time: two such buffers, and the scores of 32 queries of a key/value head, stay
+    # within the 16 MiB of vector memory that a kernel gets on the smallest chips. JAX's own table knows no compile-only
+    # chips; where it lists heads like these, on v5e and v6e, it has 32 queries and mostly 1,024 positions too.
+    positions = min(1024, 8192 // (kv_heads * pages.dtype.itemsize))
+    live = jnp.sum(batch.kv_lengths > 0, dtype=jnp.int32)
+    # The kernel starts to read the first sequence in any case, and must wait for it: a step without one reads scratch.
+    idle = live == 0
+    out = ragged_paged_attention(
+        q.reshape(tokens, kv_heads * group, head_dim),
+        pages,
+        jnp.where(idle, 1, batch.kv_lengths),
+        batch.page_table,
+        jnp.where(idle, jnp.minimum(jnp.arange(sequences + 1, dtype=jnp.int32), 1), batch.starts),
+        jnp.maximum(live, 1)[None],
+        sm_scale=head_dim**-0.5,
+        num_kv_pages_per_block=min(width, max(1, positions // page_size)),
+        num_queries_per_block=min(tokens, 32),
+    ).reshape(q.shape)
+    # It leaves rows without a sequence as they were in memory, perhaps NaN.
+    return jnp.where((batch.rows < sequences)[:, None, None, None], out, 0)
+
+
+def _rpa_problem(head_dim: int, dtype: jnp.dtype, kv_heads: int) -> str | None:
+    """Say what the kernel does not take, if anything."""
+    if head_dim % 128:
+        return f"takes heads of a multiple of 128, not of {head_dim}"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes bfloat16 or float32 pages, not {jnp.dtype(dtype).name}"
+    if 8 % kv_heads and kv_heads % 8:
+        return f"takes 1, 2, 4 or a multiple of 8 key/value heads a shard, not {kv_heads}"
+    return None
+
+
+ATTENTION_BACKENDS = {"xla": _xla, "rpa": _rpa}
 
 
 def packed_attention(

@@ -11,6 +11,12 @@ from ernie_jax.train.trainer import run
 __all__ = ["Recipe", "load_recipe", "run", "train"]
 
 
-def train(path: str | os.PathLike, overrides: Iterable[str] = (), progress: bool = True) -> dict[str, float]:
+def train(
+    path: str | os.PathLike,
+    overrides: Iterable[str] = (),
+    progress: bool = True,
+    mesh: str | None = None,
+    sharding: str | None = None,
+) -> dict[str, float]:
     """Run the recipe in a TOML file with some fields overridden ("name=value"); see `run`."""
-    return run(load_recipe(path, overrides), progress)
+    return run(load_recipe(path, overrides), progress, mesh, sharding)

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from ernie_jax import checkpoint
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
-from ernie_jax.model import Ernie, initialize
+from ernie_jax.model import Backends, Ernie, initialize
 from ernie_jax.ops import EXPERT_BACKENDS, packed_attention
 from ernie_jax.paths import storage_path
-from ernie_jax.sharding import make_mesh
+from ernie_jax.sharding import Layout, make_layout, shard_abstract, single
 from ernie_jax.train.data import Batch, TrainingData, heldout_batches, read_documents
 from ernie_jax.train.losses import balanced_bias, cross_entropy, expert_usage
 from ernie_jax.train.metrics import Metrics
@@ -39,19 +39,26 @@ class TrainState(NamedTuple):
 
 
 class Trainer:
-    """The jitted steps of a recipe on one device.
+    """The jitted steps of a recipe; XLA derives the communication from where a layout puts weights and batches.
 
     Raises:
       UserError: if the recipe names an unknown dtype or expert backend.
     """
 
-    def __init__(self, recipe: Recipe, config: ModelConfig):
+    def __init__(self, recipe: Recipe, config: ModelConfig, layout: Layout):
         if recipe.expert_backend not in EXPERT_BACKENDS:
             raise UserError(f"recipe field expert_backend must be one of {', '.join(EXPERT_BACKENDS)}")
-        self._recipe, self._config = recipe, config
+        if recipe.batch_size % layout.groups:
+            raise UserError(
+                f"recipe field batch_size is {recipe.batch_size}: it must be a multiple of the {layout.groups} groups "
+                f"of {layout.describe()}"
+            )
+        self._recipe, self._config, self._layout = recipe, config, layout
         abstract = Ernie(config, checkpoint.parse_dtype(recipe.dtype))
         self._graph, state = nnx.split(abstract)
         self._leaves = nnx.to_flat_state(state)
+        placed = nnx.to_flat_state(shard_abstract(state, layout))
+        self._shardings = {".".join(map(str, path)): leaf.get_value().sharding for path, leaf in placed}
         moe_layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
         self._biases = [f"layers.{i}.mlp.router.correction_bias" for i in moe_layers]
         self.schedule = optax.warmup_cosine_decay_schedule(
@@ -74,7 +81,7 @@ class Trainer:
     def initial_state(self) -> TrainState:
         """Draw the weights that the recipe's seed gives."""
         model = Ernie(self._config, jnp.float32)
-        initialize(model, make_mesh(), self._recipe.seed, self._recipe.init_scale)
+        initialize(model, self._layout, self._recipe.seed, self._recipe.init_scale)
         leaves = nnx.to_flat_state(nnx.state(model))
         parameters = {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
         return TrainState(parameters, self._optimizer.init(parameters))
@@ -87,9 +94,13 @@ class Trainer:
 
         return nnx.merge(self._graph, nnx.from_flat_state([rounded(path, leaf) for path, leaf in self._leaves]))
 
+    def place(self, batch: Batch) -> Batch:
+        """Put the rows of a batch where the layout wants them."""
+        return jax.tree.map(lambda rows: self._layout.put(rows, ("group", None)), batch)
+
     def evaluate(self, state: TrainState, batches: list[Batch]) -> float:
         """Return the mean loss over all targets of some batches, in nats."""
-        sums = [self.evaluate_batch(state.parameters, batch) for batch in batches]
+        sums = [self.evaluate_batch(state.parameters, self.place(batch)) for batch in batches]
         loss, count = (math.fsum(map(float, part)) for part in zip(*sums, strict=True))
         return loss / count
 
@@ -100,7 +111,7 @@ class Trainer:
         def attend(q, k, v, cache):
             return packed_attention(q, k, v, batch.segments), cache
 
-        out = model(batch.tokens, batch.positions, attend, expert_backend=self._recipe.expert_backend)
+        out = model(batch.tokens, batch.positions, attend, backends=Backends(self._recipe.expert_backend))
         usages = [expert_usage(routing.experts, self._config.moe_num_experts) for routing in out.routing]
         loss, count = cross_entropy(model.logits(out.hidden), batch.targets)
         return loss, (count, dict(zip(self._biases, usages, strict=True)))
@@ -115,6 +126,7 @@ class Trainer:
         parameters = optax.apply_updates(state.parameters, updates)
         for name, used in usage.items():
             parameters[name] = balanced_bias(parameters[name], used, self._recipe.bias_update_rate)
+        parameters = jax.lax.with_sharding_constraint(parameters, self._shardings)
         metrics = {"train_loss": loss, "gradient_norm": optax.tree.norm(gradients)}
         if usage:
             used = jnp.stack(list(usage.values()))
@@ -126,7 +138,9 @@ class Trainer:
         return loss, count
 
 
-def run(recipe: Recipe, progress: bool = True) -> dict[str, float]:
+def run(
+    recipe: Recipe, progress: bool = True, mesh: str | None = None, sharding: str | None = None
+) -> dict[str, float]:
     """Train, or go on where an interrupted run of the same recipe last saved, and write the checkpoint.
 
     Continuing is exact: data order depends on seed and step alone, so the weights come out bit-equal to those of a run
@@ -135,6 +149,7 @@ def run(recipe: Recipe, progress: bool = True) -> dict[str, float]:
 
     Args:
       progress: show a bar with loss, tokens a second and time left.
+      mesh, sharding: as for `sharding.make_layout`, over all devices; default: one device.
 
     Returns:
       source -> perplexity of its held-out documents.
@@ -150,7 +165,8 @@ def run(recipe: Recipe, progress: bool = True) -> dict[str, float]:
             f"{config.max_position_embeddings}"
         )
     training, heldout = _read_data(recipe, config)
-    trainer = Trainer(recipe, config)
+    layout = make_layout(config, jax.devices(), mesh, sharding) if mesh or sharding else single()
+    trainer = Trainer(recipe, config, layout)
     # Orbax takes no relative paths.
     output = storage_path(recipe.output)
     _claim(output, recipe)
@@ -169,7 +185,7 @@ def run(recipe: Recipe, progress: bool = True) -> dict[str, float]:
         logged_step = start
         with tqdm(total=recipe.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
             for step in range(start + 1, recipe.steps + 1):
-                state, values = trainer.step(state, training.batch(step - 1))
+                state, values = trainer.step(state, trainer.place(training.batch(step - 1)))
                 evaluates = step % recipe.evaluate_every == 0
                 if evaluates or step % recipe.log_every == 0 or step == recipe.steps:
                     row = {name: float(value) for name, value in values.items()}

@@ -28,7 +28,7 @@ def test_prompt_streams_text_to_stdout_and_the_rest_to_stderr(run, embedded):
     llm = ernie_jax.load(embedded, **SIZE)
     (expected,) = llm.generate(["In the beginning"], llm.sampling_params(max_new_tokens=8, temperature=0))
     assert result.out == f"In the beginning{expected.text}\n"
-    assert "mesh data:1" in result.err and "bfloat16" in result.err and "cache 4,096 tokens" in result.err
+    assert "sharding single" in result.err and "bfloat16" in result.err and "cache 4,096 tokens" in result.err
     assert "experts:" in result.err and "attention:" in result.err and "[8 tokens" in result.err
 
 

@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 
 from ernie_jax import cli
+from ernie_jax.sharding import PRESETS
 
 COMMANDS = list(cli.COMMANDS)
 
@@ -76,6 +77,13 @@ def test_bad_usage_exits_with_2_in_one_sentence(run, arguments, words):
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("error: ") and result.err.count("\n") == 1
     assert all(word in result.err for word in words), result.err
+
+
+def test_help_names_every_sharding(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["main.py", "generate", "--help"])
+    out = capsys.readouterr().out
+    assert all(preset in out for preset in PRESETS)
 
 
 def test_help_needs_no_jax():

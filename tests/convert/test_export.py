@@ -13,7 +13,7 @@ import convert
 from convert import arrays, exporter
 from ernie_jax import checkpoint
 from ernie_jax.errors import UserError
-from ernie_jax.sharding import make_mesh
+from ernie_jax.sharding import single
 from tests.convert.foreign import BF16, DENSE, MOE, Model, as_paddle, assert_same, read_tensors, write
 
 VARIANTS = {
@@ -123,7 +123,7 @@ def test_trained_here(trained, tiny_model, shard_bytes, tmp_path, monkeypatch):
 
     convert.convert(str(exported), str(tmp_path / "ours"))
     assert convert.verify(str(exported), str(trained)) == []
-    restored = nnx.to_flat_state(nnx.state(checkpoint.restore(tmp_path / "ours", make_mesh())))
+    restored = nnx.to_flat_state(nnx.state(checkpoint.restore(tmp_path / "ours", single())))
     expected = nnx.to_flat_state(nnx.state(tiny_model))
     assert_same(*({".".join(map(str, p)): np.asarray(x.get_value()) for p, x in t} for t in (restored, expected)))
 

@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
-from ernie_jax.engine.batching import Run
-from ernie_jax.engine.step import _shape, pack
+from ernie_jax.engine.aot import decode_shape, prefill_shape
+from ernie_jax.engine.cache import abstract_pages
 from ernie_jax.errors import UserError
 from ernie_jax.model import forward
-from ernie_jax.sharding import make_mesh
+from ernie_jax.sharding import single
 
 GREEDY = SamplingParams(max_new_tokens=24, temperature=0.0)
 LENGTH = 256
@@ -22,7 +22,7 @@ def engine(tiny_model):
     """Small pages and chunks, so that every prompt crosses several."""
     return Engine(
         tiny_model,
-        make_mesh(),
+        single(),
         EngineOptions(cache_tokens=1024, max_sequences=4, prefill_chunk=64, page_size=16),
         valid_vocab=300,
         stop_ids=frozenset({2}),
@@ -68,7 +68,7 @@ def test_many_lengths_at_once_equal_the_cacheless_forward(engine, logits, rng):
         assert tokens == expected[:, :300].argmax(-1).tolist()
         logprobs = np.asarray(jax.nn.log_softmax(expected))[np.arange(24), tokens]
         np.testing.assert_allclose([e.logprob for e in events[request]], logprobs, atol=1e-5)
-    assert engine._allocator.num_free == engine.num_pages - 1
+    assert engine.free_tokens == engine.cache_tokens
 
 
 def test_scores_equal_the_cacheless_forward(engine, logits, rng):
@@ -77,14 +77,14 @@ def test_scores_equal_the_cacheless_forward(engine, logits, rng):
     for index, prompt in enumerate(prompts):
         expected = np.asarray(jax.nn.log_softmax(logits(prompt)))[np.arange(len(prompt) - 1), prompt[1:]]
         np.testing.assert_allclose(scores[index], expected, atol=1e-5)
-    assert engine._allocator.num_free == engine.num_pages - 1
+    assert engine.free_tokens == engine.cache_tokens
 
 
 def test_scoring_that_is_stopped_early_frees_its_pages(engine, rng):
     scores = engine.score(prompts_of(rng, 5, 200, 150))
     next(scores)
     scores.close()
-    assert engine._allocator.num_free == engine.num_pages - 1
+    assert engine.free_tokens == engine.cache_tokens
 
 
 def test_a_stop_id_ends_a_sequence_at_once_and_surplus_tokens_are_dropped(engine, rng):
@@ -138,24 +138,22 @@ def test_cancel_frees_the_pages_and_the_others_go_on(engine, rng):
     drain(engine, events)
     assert [e.token for e in events[kept]] == expected
     assert len(events.get(dropped, [])) == count
-    assert engine._allocator.num_free == engine.num_pages - 1
+    assert engine.free_tokens == engine.cache_tokens
 
 
-def test_the_step_writes_the_cache_in_place(engine):
+def test_the_step_writes_the_cache_in_place(engine, tiny_config):
     """No copy of the cache in the compiled step: it would cost the whole cache's bandwidth every token."""
-    for runs, tokens in (([Run((-1,), 40, [0, 1, 2])], 1), ([Run([1] * 30, 0, [3, 4])], 64)):
-        batch = engine._build(runs, tokens, 1)
-        packed = pack(batch, np.zeros(1, np.int32))
-        args = (engine._step._leaves, engine._pages, engine._last_tokens, packed)
-        text = engine._step._forward.lower(*args, shape=_shape(batch)).compile().as_text()
-        shape = f"[{engine.num_pages},16,4,16]"
-        copies = [line for line in text.splitlines() if f"{shape}" in line.split("(")[0] and " copy(" in line]
+    for step in (decode_shape(tiny_config, single(), 1, 48, 16), prefill_shape(tiny_config, single(), 64, 64, 16)):
+        pages = abstract_pages(tiny_config, jnp.float32, 65, 16, single())
+        text = engine._step.lower(step, pages, slots=4).compile().as_text()
+        shape = "[65,16,4,16]"
+        copies = [line for line in text.splitlines() if shape in line.split("(")[0] and " copy(" in line]
         assert shape in text
         assert not copies
 
 
 def test_few_programs_are_compiled(tiny_model, rng):
-    engine = Engine(tiny_model, make_mesh(), EngineOptions(cache_tokens=2048, max_sequences=4, prefill_chunk=64))
+    engine = Engine(tiny_model, single(), EngineOptions(cache_tokens=2048, max_sequences=4, prefill_chunk=64))
     for prompt in prompts_of(rng, *range(17, 60)):
         engine.submit(prompt, SamplingParams(max_new_tokens=3, temperature=0.0))
     drain(engine)
@@ -183,7 +181,7 @@ def test_bad_requests(engine, prompt, params, sentence):
 
 
 def test_a_request_larger_than_the_cache_is_refused(tiny_model):
-    engine = Engine(tiny_model, make_mesh(), EngineOptions(cache_tokens=128, max_sequences=1))
+    engine = Engine(tiny_model, single(), EngineOptions(cache_tokens=128, max_sequences=1))
     with pytest.raises(UserError, match="raise --cache_tokens"):
         engine.submit([1] * 100, SamplingParams(max_new_tokens=100))
 
@@ -198,8 +196,8 @@ def test_bfloat16_runs_through_the_same_step(tiny_config, rng):
     from ernie_jax.model import Ernie, initialize
 
     model = Ernie(tiny_config, jnp.bfloat16)
-    initialize(model, make_mesh(), seed=1)
-    engine = Engine(model, make_mesh(), EngineOptions(cache_tokens=1024, max_sequences=2, prefill_chunk=32))
+    initialize(model, single(), seed=1)
+    engine = Engine(model, single(), EngineOptions(cache_tokens=1024, max_sequences=2, prefill_chunk=32))
     requests = [engine.submit(prompt, GREEDY) for prompt in prompts_of(rng, 50, 3)]
     events = drain(engine)
     assert all(events[request][-1].finish_reason for request in requests)

@@ -14,7 +14,7 @@ import pytest
 
 from convert import convert
 from ernie_jax import checkpoint
-from ernie_jax.sharding import make_mesh
+from ernie_jax.sharding import single
 
 FIXTURES = pathlib.Path(os.environ.get("ERNIE_PARITY_FIXTURES") or pathlib.Path(__file__).parent / "fixtures")
 
@@ -84,7 +84,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def mesh():
-    return make_mesh(jax.devices("cpu"))
+    return single(jax.devices("cpu")[0])
 
 
 @pytest.fixture(scope="session")

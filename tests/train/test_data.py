@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from ernie_jax.errors import UserError
-from ernie_jax.model import Ernie, initialize
+from ernie_jax.model import Backends, Ernie, initialize
 from ernie_jax.ops import packed_attention
-from ernie_jax.sharding import make_mesh
+from ernie_jax.sharding import single
 from ernie_jax.train.data import Batch, Documents, Stream, TrainingData, heldout_batches, read_documents
 from ernie_jax.train.losses import IGNORED
 
@@ -67,13 +67,13 @@ def test_heldout_batches_show_every_target_once(tmp_path, rng):
 
 def test_packed_documents_never_see_each_other(tmp_path, tiny_config, rng):
     model = Ernie(tiny_config, jnp.float32)
-    initialize(model, make_mesh(), seed=int(rng.integers(1000)), scale=0.2)
+    initialize(model, single(), seed=int(rng.integers(1000)), scale=0.2)
 
     def logits(batch: Batch):
         def attend(q, k, v, cache):
             return packed_attention(q, k, v, jnp.asarray(batch.segments)), cache
 
-        return np.asarray(model.logits(model(batch.tokens, batch.positions, attend, expert_backend="dense").hidden))
+        return np.asarray(model.logits(model(batch.tokens, batch.positions, attend, backends=Backends("dense")).hidden))
 
     documents = [rng.integers(3, 320, n).tolist() + [END] for n in (9, 14, 7)]
     batch = Stream(read(tmp_path, documents), np.arange(3)).batch(0, 1, 32)

@@ -6,6 +6,7 @@ import json
 import math
 import xml.etree.ElementTree
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from flax import nnx
 from ernie_jax import checkpoint
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
+from ernie_jax.model import Backends
 from ernie_jax.ops import packed_attention
-from ernie_jax.sharding import make_mesh
+from ernie_jax.sharding import make_layout, single
 from ernie_jax.train import Recipe, run
 from ernie_jax.train.data import Batch, TrainingData
 from ernie_jax.train.trainer import Trainer
@@ -46,7 +48,7 @@ def recipe(tmp_path, config, monkeypatch) -> Recipe:
 
 
 def parameters(output) -> dict[str, np.ndarray]:
-    state = nnx.state(checkpoint.restore(f"{output}/checkpoint", make_mesh()))
+    state = nnx.state(checkpoint.restore(f"{output}/checkpoint", single()))
     return {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
 
 
@@ -103,19 +105,50 @@ def test_an_interrupted_run_continues_bit_by_bit(recipe, monkeypatch):
 
 def test_a_step_moves_biases_by_the_routers_usage_alone(recipe, config):
     recipe = dataclasses.replace(recipe, dtype="float32")
-    trainer = Trainer(recipe, config)
+    trainer = Trainer(recipe, config, single())
     state = trainer.initial_state()
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 320, (4, 32)).astype(np.int32)
     positions = np.broadcast_to(np.arange(32, dtype=np.int32), (4, 32))
     batch = Batch(tokens, positions, np.zeros_like(tokens), np.roll(tokens, -1, 1))
     model = trainer.bind(state.parameters)
-    out = model(tokens, positions, lambda q, k, v, c: (packed_attention(q, k, v, batch.segments), c), None, "dense")
+
+    def attend(q, k, v, cache):
+        return packed_attention(q, k, v, batch.segments), cache
+
+    out = model(tokens, positions, attend, backends=Backends("dense"))
     (routing,) = out.routing
     usage = np.bincount(np.asarray(routing.experts).reshape(-1), minlength=8)
     state, _ = trainer.step(state, batch)
     bias = np.asarray(state.parameters["layers.1.mlp.router.correction_bias"])
     np.testing.assert_allclose(bias, 1e-3 * np.sign(usage.mean() - usage), atol=1e-9)
+
+
+def test_a_step_is_the_same_in_every_layout(recipe, config):
+    recipe = dataclasses.replace(recipe, dtype="float32", batch_size=8, warmup_steps=1)
+    rng = np.random.default_rng()
+    tokens = rng.integers(3, 320, (8, 32)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32))
+    batch = Batch(tokens, positions, np.zeros_like(tokens), np.roll(tokens, -1, 1))
+    results = []
+    for layout in (single(), make_layout(config, jax.devices(), preset="fsdp")):
+        trainer = Trainer(recipe, config, layout)
+        state = trainer.initial_state()
+        for _ in range(3):
+            state, metrics = trainer.step(state, trainer.place(batch))
+        results.append((float(metrics["train_loss"]), jax.device_get(state.parameters)))
+        embed = state.parameters["embed.weight"]
+        assert embed.sharding.shard_shape(embed.shape)[1] == embed.shape[1] // layout.groups
+    (alone, expected), (spread, parameters) = results
+    assert abs(alone - spread) < 1e-5
+    for name, value in expected.items():
+        np.testing.assert_allclose(parameters[name], value, atol=2e-4, err_msg=name)  # Adam divides tiny numbers
+
+
+def test_batches_divide_over_the_groups(recipe, config):
+    layout = make_layout(config, jax.devices(), preset="fsdp")
+    with pytest.raises(UserError, match="batch_size is 4: it must be a multiple of the 8 groups of fsdp"):
+        Trainer(dataclasses.replace(recipe, batch_size=4), config, layout)
 
 
 @pytest.mark.parametrize(
