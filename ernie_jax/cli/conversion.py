@@ -50,6 +50,7 @@ def _export(values: flags.FlagValues) -> None:
     import convert
 
     require(values, "source", "target")
+    hosts.refuse_several("export")
     convert.export(values.source, values.target, host_memory_gb=values.host_memory_gb, overwrite=values.overwrite)
     print(f"wrote {values.target}", file=sys.stderr)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import socket
 import sys
 
 from absl import flags
@@ -13,6 +14,7 @@ from ernie_jax.cli.command import UsageError
 from ernie_jax.errors import UserError
 from ernie_jax.version import VERSION
 
+_NAMED = 8  # hosts in the start-up line
 _OWN = ("coordinator", "process_id")  # may differ: a host can have two names
 
 
@@ -30,7 +32,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def join(values: flags.FlagValues, devices: bool = True) -> None:
-    """Meet the processes that run this command too; only process 0 goes on writing to stdout.
+    """Meet the processes that run this command too, and say which; only process 0 goes on writing to stdout.
 
     Args:
       devices: make `jax.devices` those of all processes.
@@ -42,8 +44,11 @@ def join(values: flags.FlagValues, devices: bool = True) -> None:
     facts = {f"--{name}": values[name].value for name in values if name not in _OWN}
     facts |= {"ernie_jax's version": VERSION, "JAX's version": importlib.metadata.version("jax")}
     distributed.start(_place(values), facts, devices)
-    if not distributed.is_primary():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if distributed.process_count() > 1:
+        _own_stdout()
+        names = list(dict.fromkeys(distributed.gather(socket.gethostname())))
+        more = ", ..." if len(names) > _NAMED else ""
+        distributed.say(f"{distributed.process_count()} processes on {', '.join(names[:_NAMED])}{more}")
 
 
 def refuse_several(command: str) -> None:
@@ -54,6 +59,16 @@ def refuse_several(command: str) -> None:
     """
     if (place := distributed.detect()).count > 1:
         raise UserError(f"{command} runs in one process, and here are {place.count}: use a machine of its own")
+
+
+def _own_stdout() -> None:
+    """Keep stdout for what process 0 prints: the collectives' libraries write greetings there."""
+    if distributed.is_primary():
+        ours = os.dup(sys.stdout.fileno())
+        sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+        os.dup2(sys.stderr.fileno(), 1)
+    else:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _place(values: flags.FlagValues) -> distributed.Place:
