@@ -22,6 +22,7 @@ COMMANDS = {
     "export": ("conversion", "give the Hugging Face safetensors back from a checkpoint"),
     "verify": ("conversion", "compare a checkpoint with its source, tensor by tensor"),
     "info": ("info", "show a model's configuration, parameters, bytes and what it fits on"),
+    "plan": ("plan", "say what fits a TPU slice or GPU host, and how fast it can be there"),
     "generate": ("generate", "continue a prompt, or a file of prompts"),
     "score": ("score", "log-probabilities of given texts, and their perplexity"),
     "chat": ("chat", "talk with a model"),

@@ -70,6 +70,7 @@ def _info(values: flags.FlagValues) -> None:
         memory = _USED * chip.devices * chip.device_memory
         chips = 1 << max(0, math.ceil(math.log2(total / memory)))
         print(f"  {chip.title:<18}{chips:>8}{int((chips * memory - total) // per_token):>28,}")
+    print("\n  `main.py plan` answers for one slice or host in detail")
 
 
 def read_model(model: str, revision: str | None) -> tuple[ModelConfig, str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
@@ -65,12 +66,17 @@ def collectives(text: str) -> list[Collective]:
     computations, entry = _parse(text)
     if entry is None:
         raise ValueError("no ENTRY computation: give the text of a compiled program")
-    counts: dict[tuple, int] = {}
-    for item in _walk(computations, entry):
-        key = (item.kind, item.bytes, item.group_size, item.open_loop)
-        counts[key] = counts.get(key, 0) + item.count
-    merged = [Collective(kind, size, count, group, loop) for (kind, size, group, loop), count in counts.items()]
-    return sorted(merged, key=lambda c: -c.bytes * c.count)
+    return merge(_walk(computations, entry))
+
+
+def merge(items: Iterable[Collective]) -> list[Collective]:
+    """Add up collectives that differ in their count only; largest total first."""
+    counts: dict[Collective, int] = {}
+    for item in items:
+        alone = dataclasses.replace(item, count=1)
+        counts[alone] = counts.get(alone, 0) + item.count
+    merged = [dataclasses.replace(item, count=count) for item, count in counts.items()]
+    return sorted(merged, key=lambda item: -item.bytes * item.count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
 import math
 import os
 import re
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax.experimental import topologies
 
 from ernie_jax.chips import CHIPS, Chip
 from ernie_jax.errors import UserError
@@ -24,6 +29,14 @@ _SHAPES = {
 }
 # The cloud's names, and how many of what they count make a chip: v5p-8 has 8 TensorCores, that is 4 chips.
 _CLOUD = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1), "tpu7x": ("tpu7x", 2)}
+# What libtpu reads when it is loaded: do not ask a metadata server, nor complain that this is no TPU machine (the last
+# two change nothing else), and let other processes compile, too.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
 _ALIASES = {"v5litepod": "v5e", "trillium": "v6e", "ironwood": "tpu7x"}
 
 
@@ -91,22 +104,32 @@ class Topology:
         """
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(f"--topology={self.name}: TPU programs are compiled by libtpu; run `pip install libtpu`")
-        # Read when libtpu is loaded: no metadata server to ask, and other processes may compile, too.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        import jax
-        from jax.experimental import topologies
-
         shape = (*self.shape, 1)[:3]
         # v4's two cores are one device, as Cloud TPUs run it.
         options = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
         bounds = tuple(map(min, shape, (2, 2, 1)))
         try:
-            return topologies.get_topology_desc(
-                platform="tpu", topology_name=self.name, chips_per_host_bounds=bounds, **options
-            ).devices
+            with _environment(_LIBTPU):
+                return topologies.get_topology_desc(
+                    platform="tpu", topology_name=self.name, chips_per_host_bounds=bounds, **options
+                ).devices
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"--topology={self.name}: libtpu refuses it: {str(error).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, and put them back: processes started later are not to inherit them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def parse_topology(name: str) -> Topology:

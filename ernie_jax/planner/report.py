@@ -1,0 +1,216 @@
+"""Plans as text for people and as an object for programs."""
+
+from __future__ import annotations
+
+from ernie_jax.chips import GIB
+from ernie_jax.planner.hlo import Collective
+from ernie_jax.planner.plan import Plan, StepPlan
+from ernie_jax.planner.topology import Topology, cloud_name
+
+_STEPS = ("decode", "prefill")
+
+
+def describe(model: str, plan: Plan, advice: list[str]) -> str:
+    """Lay a plan out for reading.
+
+    Args:
+      advice: what would fit, if the plan does not.
+    """
+    request, topology = plan.request, plan.request.topology
+    lines = [
+        f"{model}, {request.dtype.name}, on {_place(topology)}",
+        f"sharding {plan.layout.describe()}: batch {request.batch}, context {request.context:,}, prefill chunks of "
+        f"{request.chunk:,}",
+        "",
+        _verdict(plan),
+        *(f"  {line}" for line in advice),
+        "",
+        *_memory(plan),
+        "",
+        *_steps(plan),
+    ]
+    return "\n".join(lines)
+
+
+def compare(plans: dict[str, Plan | str], best: str) -> str:
+    """Table plans by preset; those that cannot be come with the reason."""
+    head = ("sharding", "fits", "weights", "cache", "temporaries", "left", "tokens of KV", "decode ms", "prefill ms")
+    rows = [head]
+    notes = []
+    for name, plan in plans.items():
+        if isinstance(plan, str):
+            notes.append(f"  {name}: {plan}")
+            continue
+        sizes = [_gib(size) for size in (plan.weights, plan.cache, plan.temporaries, plan.left)]
+        times = [f"{1e3 * getattr(plan, step).roofline.seconds:.3g} {getattr(plan, step).roofline.bound}"
+                 for step in _STEPS]
+        fits = "yes" if plan.fits else "no"
+        rows.append((name + (" *" if name == best else ""), fits, *sizes, f"{plan.cache_tokens:,}", *times))
+        if plan.problem:
+            notes.append(f"  {name}: {plan.problem}")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "  " + "  ".join(f"{cell:<{width}}" if column < 2 else f"{cell:>{width}}"
+                         for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]
+    return "\n".join(["all shardings; memory in GiB, as above; * the one above", *lines, *notes])
+
+
+def to_object(model: str, plan: Plan, advice: list[str]) -> dict:
+    """Return a plan as an object that JSON can hold; bytes and seconds, of a device."""
+    request, topology = plan.request, plan.request.topology
+    return {
+        "fits": plan.fits,
+        "sharding": plan.layout.preset,
+        "mesh": dict(plan.layout.mesh.shape),
+        "model": model,
+        "dtype": request.dtype.name,
+        "topology": {
+            "name": topology.name,
+            "cloud_name": cloud_name(topology),
+            "chip": topology.chip.title,
+            "chips": topology.chips,
+            "devices": topology.devices,
+            "hosts": topology.hosts,
+        },
+        "batch": request.batch,
+        "context": request.context,
+        "prefill_chunk": request.chunk,
+        "compiled": plan.compiled,
+        "problem": plan.problem,
+        "would_fit": advice,
+        "per_device": {
+            "memory": plan.memory,
+            "weights": plan.weights,
+            "kv_cache": plan.cache,
+            "temporaries": plan.temporaries,
+            "total": plan.total,
+            "left": plan.left,
+        },
+        "kv_tokens": plan.cache_tokens,
+        "most_sequences": plan.most_sequences,
+        **{name: _step_object(getattr(plan, name)) for name in _STEPS},
+    }
+
+
+def _step_object(step: StepPlan) -> dict:
+    return {
+        "tokens": step.tokens,
+        "seconds": step.roofline.seconds,
+        "bound": step.roofline.bound,
+        "memory_seconds": step.roofline.memory,
+        "compute_seconds": step.roofline.compute,
+        "link_seconds": step.roofline.links,
+        "serial_seconds": step.roofline.serial_seconds,
+        "weight_bytes": step.cost.weights,
+        "cache_bytes": step.cost.cache,
+        "flops": step.cost.flops,
+        "link_bytes": step.roofline.sent,
+        "collectives": [
+            {
+                "kind": c.kind,
+                "count": c.count,
+                "bytes": c.bytes,
+                "group_size": c.group_size,
+                "sent_bytes": c.link_bytes,
+                "in_loop_of_unknown_length": c.open_loop,
+            }
+            for c in step.collectives
+        ],
+        "compile_seconds": step.program.seconds if step.program else None,
+    }
+
+
+def _place(topology: Topology) -> str:
+    name, chip = cloud_name(topology), topology.chip
+    hosts = f"{topology.hosts} host{'s' * (topology.hosts > 1)}"
+    devices = f", {topology.devices} devices" if chip.devices > 1 else ""
+    return f"{topology.name}{f' ({name})' if name else ''}: {topology.chips} x {chip.title}{devices}, {hosts}"
+
+
+def _device_of(topology: Topology) -> str:
+    return "a chip" if topology.chip.devices == 1 else "a device (half a chip)"
+
+
+def _verdict(plan: Plan) -> str:
+    device = _device_of(plan.request.topology)
+    if plan.fits:
+        return f"FITS: {plan.left / GIB:.2f} GiB of {device} are left"
+    return f"DOES NOT FIT: {-plan.left / GIB:.2f} GiB of {device} are missing; what would:"
+
+
+def _memory(plan: Plan) -> list[str]:
+    request = plan.request
+    if plan.compiled:
+        parts = (f"{name} {getattr(plan, name).program.temporaries / GIB:.2f}" for name in _STEPS)
+        source = f"compiled: {', '.join(parts)}"
+    elif plan.problem:
+        source = plan.problem
+    elif request.topology.chip.platform == "gpu":
+        source = "a tenth, which the engine keeps free; not compiled"
+    else:
+        source = "assumed; not compiled"
+    room = f"KV cache for {plan.cache_tokens:,} tokens fits in all: {plan.most_sequences:,} x {request.context:,}"
+    return [
+        f"memory of {_device_of(request.topology)}, GiB",
+        f"  weights      {_gib(plan.weights)}",
+        f"  KV cache     {_gib(plan.cache)}   {request.batch} x {request.context:,} tokens"
+        + (f" in {plan.layout.groups} groups" if plan.layout.groups > 1 else ""),
+        f"  temporaries  {_gib(plan.temporaries)}   {source}",
+        f"  total        {_gib(plan.total)}   of {plan.memory / GIB:.2f} usable",
+        f"  left         {_gib(plan.left)}   {room}",
+    ]
+
+
+def _steps(plan: Plan) -> list[str]:
+    steps = [getattr(plan, name) for name in _STEPS]
+
+    def row(title: str, cells: list[str]) -> str:
+        return f"  {title:<24}" + "".join(f"{cell:>24}" for cell in cells)
+
+    def times(title: str, name: str) -> str:
+        return row(title, [_ms(getattr(step.roofline, name)) for step in steps])
+
+    lines = [
+        "a step at best" + f"{'decode':>36}{'prefill chunk':>24}",
+        row("tokens", [f"{step.tokens:,}" for step in steps]),
+        row("memory", [f"{_size(s.cost.weights + s.cost.cache)}  {_ms(s.roofline.memory)}" for s in steps]),
+        row("compute", [f"{s.cost.flops / 1e12:.3g} TFLOP  {_ms(s.roofline.compute)}" for s in steps]),
+        row("links", [f"{_size(s.roofline.sent)}  {_ms(s.roofline.links)}" for s in steps]),
+        row("roofline, bound by", [f"{s.roofline.bound}  {_ms(s.roofline.seconds)}" for s in steps]),
+        times("if nothing overlaps", "serial_seconds"),
+        row("tokens/s at most", [f"{step.tokens / step.roofline.seconds:,.0f}" for step in steps]),
+        "",
+        "collectives of a step" + ("" if plan.compiled else " (as written, not compiled)"),
+    ]
+    for name, step in zip(_STEPS, steps, strict=True):
+        lines += [f"  {name:<9}{_collective(item)}" for item in step.collectives] or [f"  {name:<9}none"]
+    if plan.compiled:
+        seconds = (f"{name} {getattr(plan, name).program.seconds:.1f} s" for name in _STEPS)
+        lines += ["", f"compiled for the slice: {', '.join(seconds)}"]
+    return lines
+
+
+def _collective(item: Collective) -> str:
+    loop = " in each turn of a loop of unknown length" if item.open_loop else ""
+    return (
+        f"{item.count:>5} {item.kind:<19}{_size(item.bytes):>10} over {item.group_size:<5}"
+        f"{_size(item.link_bytes):>10} sent by a device{loop}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:8.2f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms".rjust(9)
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
