@@ -51,6 +51,9 @@ _team: team.Team | None = None
 def detect() -> Place:
     """Ask the environment (Open MPI, SLURM, a TPU pod) which of several processes this is.
 
+    As JAX does, it gives a process one device of the host under Open MPI and SLURM unless JAX_LOCAL_DEVICE_IDS says
+    which, and obeys JAX_COORDINATOR_PORT.
+
     Raises:
       UserError: if the environment is one of these but does not say.
     """
@@ -71,9 +74,11 @@ def detect() -> Place:
                 return ALONE
             index = cluster.get_process_id()
             address = cluster.get_coordinator_address(
-                timeout_secs=int(team.ROLL_CALL_SECONDS), override_coordinator_port=None
+                timeout_secs=int(team.ROLL_CALL_SECONDS),
+                override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"),
             )
-            local = None if "TPU" in name else cluster.get_local_process_id()
+            told = "TPU" in name or "JAX_LOCAL_DEVICE_IDS" in os.environ
+            local = None if told else cluster.get_local_process_id()
         except (RuntimeError, OSError, LookupError, ValueError) as error:
             raise UserError(
                 f"{name} does not say which process this is ({error}); give --coordinator, --num_processes and "

@@ -187,6 +187,10 @@ def test_slurm(monkeypatch):
     assert (place.index, place.count, place.local_device_ids) == (1, 2, [0])
     assert place.coordinator.startswith("node07:")
     assert "SLURM says that there are 2; start them with srun" in place.advice
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "9999")
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1,2,3")
+    place = distributed.detect()
+    assert place.coordinator == "node07:9999" and place.local_device_ids is None  # JAX reads the variable
 
 
 def test_open_mpi(monkeypatch):
