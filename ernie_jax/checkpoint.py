@@ -10,12 +10,15 @@ Paths are local or gs://.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
@@ -44,6 +47,7 @@ SMALL_FILES = (
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
 _READ_BYTES = 1 << 30  # read at the same time
 _GROUP_BYTES = 2 << 30  # restored between two updates of the progress bar
+_LISTED_AT_ONCE = 16  # folders of parameters
 
 
 def parse_dtype(name: str) -> jnp.dtype:
@@ -100,13 +104,15 @@ def restore(
       progress: show a bar with GB/s and time left.
 
     Raises:
-      UserError: if the directory is no finished checkpoint or its parameters do not fit its config.
+      UserError: if the directory is no finished checkpoint, its parameters do not fit its config, or files of them are
+        missing.
     """
     manifest = read_manifest(directory)
     model = Ernie(read_config(directory), dtype or parse_dtype(manifest["dtype"]))
     abstract = nnx.to_flat_state(shard_abstract(nnx.state(model), layout))
     stored = manifest["parameters"]
     _check_parameters(str(directory), {_dotted(p): v.get_value().shape for p, v in abstract}, stored)
+    _check_files(storage_path(directory), [_dotted(path) for path, _ in abstract])
 
     context = ocp.Context()
     largest = max(_nbytes(v.get_value()) for _, v in abstract)
@@ -176,6 +182,31 @@ def _check_parameters(directory: str, expected: dict[str, tuple], stored: dict[s
     ]
     if problems:
         raise UserError(f"{directory}: parameters do not fit config.json: {'; '.join(problems)}")
+
+
+def _check_files(directory: epath.Path, names: list[str]) -> None:
+    """Check that every chunk of the parameters is there: a missing one would be read as zeros, without a word."""
+
+    def missing(name: str) -> list[str]:
+        folder = directory / PARAMS / "state" / name
+        if not (folder / ".zarray").exists():
+            return [".zarray"]
+        array = read_json(folder / ".zarray")
+        counts = [-(-length // chunk) for length, chunk in zip(array["shape"], array["chunks"], strict=True)]
+        keys = (".".join(map(str, position)) for position in itertools.product(*map(range, counts)))
+        there = {entry.name for entry in folder.iterdir()}
+        return [key for key in keys if key not in there]
+
+    with ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
+        lacking = {name: files for name, files in zip(names, pool.map(missing, names), strict=True) if files}
+    if lacking:
+        name, files = next(iter(lacking.items()))
+        more = ", ..." if len(files) > 3 else ""
+        others = f" and {len(lacking) - 1} more parameters" if len(lacking) > 1 else ""
+        raise UserError(
+            f"{directory}: parameter {name} lacks {len(files)} of its files ({', '.join(files[:3])}{more}){others}; "
+            "copy the checkpoint again or convert again"
+        )
 
 
 def _groups(leaves: list[tuple[tuple, nnx.Variable]]) -> Iterator[list[tuple[tuple, nnx.Variable]]]:

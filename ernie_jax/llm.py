@@ -326,14 +326,21 @@ def choose_layout(config: ModelConfig, mesh: str | None = None, sharding: str | 
     share the same cores, so they are used only when asked for.
 
     Raises:
-      UserError: as `sharding.make_layout`.
+      UserError: as `sharding.make_layout`, or if a process has none of the devices.
     """
     devices = jax.devices()
     if mesh is None and sharding is None:
         if devices[0].platform == "cpu" and jax.process_count() == 1:
             devices = devices[:1]
         devices = devices[: usable_devices(config, len(devices))]
-    return make_layout(config, devices, mesh, sharding)
+    layout = make_layout(config, devices, mesh, sharding)
+    used = {device.process_index for device in layout.mesh.devices.flat}
+    if idle := sorted(set(range(jax.process_count())) - used):
+        raise UserError(
+            f"sharding {layout.describe()} takes {layout.mesh.size} of {len(jax.devices())} devices and none of "
+            f"process {idle[0]}'s; start fewer processes, or choose --mesh and --sharding so that all have a part"
+        )
+    return layout
 
 
 def _check_weights_fit(config: ModelConfig, dtype: jnp.dtype, layout: Layout, devices: Sequence[jax.Device]) -> None:

@@ -1,6 +1,7 @@
 """Save and restore, and the sentences for directories that are no checkpoints."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +80,20 @@ def broken(saved, tmp_path, change):
 def test_checkpoints_that_do_not_fit(saved, tmp_path, change, sentence):
     with pytest.raises(UserError, match=sentence):
         checkpoint.restore(broken(saved, tmp_path, change), single())
+
+
+def test_missing_files(saved, tmp_path, monkeypatch):
+    """Fewer files than were written: named before anything is loaded, where zeros would be read."""
+    shutil.copytree(saved, tmp_path / "some")
+    state = tmp_path / "some" / "params" / "state"
+    (state / "layers.1.mlp.experts.down.weight" / "0.0.0").unlink()
+    monkeypatch.setattr(checkpoint.ocp, "load", None)
+    sentence = r"some: parameter layers.1.mlp.experts.down.weight lacks 1 of its files \(0.0.0\); copy"
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.restore(tmp_path / "some", single())
+    shutil.rmtree(state / "embed.weight")
+    with pytest.raises(UserError, match=r"embed.weight lacks 1 of its files \(.zarray\) and 1 more parameters"):
+        checkpoint.restore(tmp_path / "some", single())
 
 
 def test_no_checkpoint(tmp_path):

@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
+import zlib
 
 from absl import flags
 
+from ernie_jax import distributed
 from ernie_jax.cli.command import require
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
@@ -137,8 +138,9 @@ def load(values: flags.FlagValues, **options):
     elif values.random_weights:
         raise UserError(f"--random_weights goes with a preset ({', '.join(presets())}), not --model={values.model}")
     else:
-        llm = LLM.load(checkpoint_directory(values.model, values.revision), values.dtype, progress=True, **options)
-    print(llm.describe(), file=sys.stderr)
+        directory = checkpoint_directory(values.model, values.revision)
+        llm = LLM.load(directory, values.dtype, progress=distributed.is_primary(), **options)
+    distributed.say(llm.describe())
     return llm
 
 
@@ -152,11 +154,13 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
     """
     from convert import convert, is_hub_id
     from convert.source import Source
-    from ernie_jax.checkpoint import is_checkpoint, read_manifest
+    from ernie_jax.checkpoint import MANIFEST, is_checkpoint, read_manifest
 
     path = storage_path(model)
+    digest = zlib.crc32((path / MANIFEST).read_bytes()) if is_checkpoint(path) else None
+    distributed.agree({f"the checksum of {model}/{MANIFEST}": digest})
     if path.exists():
-        if is_checkpoint(path) or (path / "params").exists():
+        if digest is not None or (path / "params").exists():
             read_manifest(path)  # raises unless it is a finished checkpoint
             return model
         if not (path / "config.json").exists():
@@ -173,10 +177,16 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
             "baidu/ERNIE-4.5-21B-A3B-PT"
         )
     target = cache_directory() / "checkpoints" / f"{path.name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
-    if not is_checkpoint(target):
-        print(f"converting {model} once into {target}", file=sys.stderr)
-        convert(model, str(target), revision=revision)
-    return str(target)
+    target = distributed.broadcast(str(target))
+    if not all(there := distributed.gather(is_checkpoint(target))):
+        if any(there):
+            raise UserError(
+                f"{target} is not there in process {there.index(False)} but in process {there.index(True)}; convert "
+                f"{model} to a directory that all processes share, and give that as --model"
+            )
+        distributed.say(f"converting {model} once into {target}")
+        convert(model, target, revision=revision)
+    return target
 
 
 def _backends(ops: list[str]) -> dict[str, str]:

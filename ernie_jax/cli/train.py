@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from ernie_jax.cli import models
+from ernie_jax.cli import hosts, models
 from ernie_jax.cli.command import Command, require
 
 
@@ -16,6 +16,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _train(values: flags.FlagValues) -> None:
     require(values, "config")
+    hosts.refuse_several("train")
     from ernie_jax.train import train
 
     perplexities = train(values.config, values["set"].value, mesh=values.mesh, sharding=values.sharding)

@@ -17,6 +17,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from ernie_jax import distributed
 from ernie_jax.engine import cache
 from ernie_jax.engine.batching import Run, Step, bucket, build_step, take_chunks
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, SamplingParams, build_rows
@@ -141,7 +142,7 @@ class Engine:
         self._groups = layout.groups
         if options.cache_tokens is None:
             most = options.max_sequences * self.config.max_position_embeddings
-            tokens = cache.default_group_tokens(self.config, self.dtype, layout, most)
+            tokens = min(distributed.gather(cache.default_group_tokens(self.config, self.dtype, layout, most)))
         else:
             tokens = -(-options.cache_tokens // self._groups)
         self._group_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
@@ -151,7 +152,7 @@ class Engine:
         self._step = DeviceStep(model, layout, options.expert_backend, options.exchange_backend)
         self._last_tokens = layout.put(np.zeros(options.max_sequences, np.int32))
         self._put = layout.put
-        self._seeds = random.Random(secrets.randbits(63))
+        self._seeds = random.Random(distributed.broadcast(secrets.randbits(63)))
         self._features = Features()
         self._sampler: SamplerState | None = None
         self._free_slots = list(range(options.max_sequences - 1, -1, -1))
