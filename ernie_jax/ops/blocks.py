@@ -22,20 +22,17 @@ def by_blocks(x, chosen, weights, gate_up, down, first_expert):
     """
     tokens, k = chosen.shape
     experts, pairs = gate_up.shape[0], tokens * k
-    expert = (chosen - first_expert).reshape(-1)  # of each pair
-    local = (expert >= 0) & (expert < experts)
-    expert = jnp.where(local, expert, experts)
-    sizes = jnp.bincount(expert, length=experts + 1)
-    order = jnp.argsort(expert)
-    rank = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs)) - (jnp.cumsum(sizes) - sizes)[expert]
-    blocks = (sizes[:-1] + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    expert, sizes, _, rank = sort_pairs(chosen - first_expert, experts)
+    blocks = (sizes + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    # In front of an expert's rows are those of the experts before it, each with its last block filled up.
     ends = jnp.cumsum(blocks)
+    shift = (ends - blocks) * _BLOCK_ROWS - (jnp.cumsum(sizes) - sizes)
 
     most = min(pairs, pairs // _BLOCK_ROWS + experts)
     slab = min(_SLAB, most)
     slabs = -(-most // slab)
     rows = slabs * slab * _BLOCK_ROWS
-    place = jnp.where(local, jnp.append(ends - blocks, 0)[expert] * _BLOCK_ROWS + rank, rows)  # row of each pair
+    place = jnp.where(expert < experts, rank + jnp.append(shift, 0)[expert], rows)  # row of each pair
     token = jnp.full(rows, tokens).at[place].set(jnp.arange(pairs) // k, mode="drop")  # of each row
     of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(slabs * slab), side="right"), experts - 1)
     token, of_block = token.reshape(slabs, slab, _BLOCK_ROWS), of_block.reshape(slabs, slab)
@@ -43,6 +40,22 @@ def by_blocks(x, chosen, weights, gate_up, down, first_expert):
 
     out = out.at[place].get(mode="fill", fill_value=0).reshape(tokens, k, -1)
     return (out * weights[..., None].astype(jnp.float32)).sum(1).astype(x.dtype)
+
+
+def sort_pairs(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Sort the pairs of a token and one of its experts by expert, those without a local expert last.
+
+    Args:
+      chosen: [T, k] int32, of which 0 to experts - 1 are local.
+
+    Returns:
+      expert [T * k] of each pair, `experts` where it is not local; sizes [experts], how many pairs each has; order
+      [T * k], the pairs as sorted; rank [T * k], where each pair is among those.
+    """
+    expert = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts).reshape(-1)
+    order = jnp.argsort(expert)
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+    return expert, jnp.bincount(expert, length=experts + 1)[:-1], order, rank
 
 
 @jax.custom_vjp

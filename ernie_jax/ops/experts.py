@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ernie_jax.ops.blocks import by_blocks
+from ernie_jax.ops.gmm import by_gmm
 from ernie_jax.ops.precision import einsum, swiglu
 
 
@@ -40,7 +41,8 @@ def default_expert_backend(
     """Choose a backend by shape.
 
     Few tokens read only the experts they chose, unless this shard has no more than those; some tens to hundreds read
-    every expert once; more are sorted, unless they choose half of all experts anyway.
+    every expert once; more are sorted, unless they choose half of all experts anyway: on TPUs for the grouped product
+    that JAX brings ("gmm"), elsewhere in "blocks".
 
     Args:
       local_experts, experts: how many this shard has, and how many there are; None: enough to make no difference.
@@ -49,7 +51,7 @@ def default_expert_backend(
         return "gather"
     if tokens <= 256 or (experts is not None and 2 * k >= experts):
         return "dense"
-    return "blocks"
+    return "gmm" if platform == "tpu" else "blocks"
 
 
 def _dense(x, chosen, weights, gate_up, down, first_expert):
@@ -84,4 +86,6 @@ def _gather(x, chosen, weights, gate_up, down, first_expert):
     return jnp.stack(out).astype(x.dtype)
 
 
-EXPERT_BACKENDS = {"dense": _dense, "gather": _gather, "blocks": by_blocks}
+EXPERT_BACKENDS = {"dense": _dense, "gather": _gather, "blocks": by_blocks, "gmm": by_gmm}
+
+DIFFERENTIABLE_EXPERT_BACKENDS = ("dense", "gather", "blocks")  # which training can name

@@ -1,11 +1,23 @@
 """Every expert backend against a float64 reference, on fresh random inputs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ernie_jax.ops import EXPERT_BACKENDS, default_expert_backend, grouped_mlp
+from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, EXPERT_BACKENDS, default_expert_backend, grouped_mlp
+
+# "gather" is unrolled over tokens: made for a few.
+FEW = [(backend, tokens) for backend in EXPERT_BACKENDS for tokens in (1, 3)]
+MANY = [(backend, 300) for backend in EXPERT_BACKENDS if backend != "gather"]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Run the kernel of "gmm" on any platform."""
+    monkeypatch.setitem(EXPERT_BACKENDS, "gmm", functools.partial(EXPERT_BACKENDS["gmm"], interpret=True))
 
 
 def reference(x, chosen, weights, gate_up, down, first_expert=0):
@@ -31,11 +43,8 @@ def draw(rng, tokens, k, experts, width, model, dtype):
 
 # float32: about sqrt(width) roundings of 6e-8. bfloat16: exact inputs, hidden values rounded three times.
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1.5e-2)])
-@pytest.mark.parametrize("tokens", [1, 3, 300])
-@pytest.mark.parametrize("backend", EXPERT_BACKENDS)
+@pytest.mark.parametrize(("backend", "tokens"), FEW + MANY)
 def test_matches_float64(backend, tokens, dtype, bound, rng):
-    if backend == "gather" and tokens > 3:
-        pytest.skip("unrolled over tokens: made for a few")
     inputs = draw(rng, tokens, 3, 8, 24, 32, dtype)
     out = jax.jit(grouped_mlp, static_argnums=5)(*inputs, backend)
     assert out.dtype == dtype
@@ -43,11 +52,8 @@ def test_matches_float64(backend, tokens, dtype, bound, rng):
     assert np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected) < bound
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 200])
-@pytest.mark.parametrize("backend", EXPERT_BACKENDS)
+@pytest.mark.parametrize(("backend", "tokens"), FEW + MANY)
 def test_shards_sum_to_the_whole_and_padding_adds_nothing(backend, tokens, rng):
-    if backend == "gather" and tokens > 3:
-        pytest.skip("unrolled over tokens: made for a few")
     x, chosen, weights, gate_up, down = draw(rng, tokens, 3, 8, 24, 32, jnp.float32)
     chosen[tokens // 2 :, 1:] = rng.choice([-1, 8, 1000])  # at least one token is partly padding
     run = jax.jit(grouped_mlp, static_argnums=5)
@@ -62,11 +68,8 @@ def test_shards_sum_to_the_whole_and_padding_adds_nothing(backend, tokens, rng):
     np.testing.assert_array_equal(run(x, np.full_like(chosen, 8), weights, gate_up, down, backend), 0)
 
 
-@pytest.mark.parametrize("backend", EXPERT_BACKENDS)
-@pytest.mark.parametrize("tokens", [3, 1500])
+@pytest.mark.parametrize(("backend", "tokens"), [("gather", 3), ("dense", 1500), ("blocks", 1500), ("gmm", 1500)])
 def test_no_token_is_dropped_when_all_choose_the_same_experts(backend, tokens, rng):
-    if backend == "gather" and tokens > 3:
-        pytest.skip("unrolled over tokens: made for a few")
     x, _, weights, gate_up, down = draw(rng, tokens, 2, 8, 24, 32, jnp.float32)
     chosen = np.tile(np.array([5, 2], np.int32), (tokens, 1))
     expected = reference(x, chosen, weights, gate_up, down)
@@ -75,9 +78,10 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts(backend, tokens, r
     np.testing.assert_allclose(one_shard, reference(x, chosen, weights, gate_up[4:6], down[4:6], 4), atol=2e-5)
 
 
-def test_gradient_of_blocks_is_that_of_dense(rng):
-    x, chosen, weights, gate_up, down = draw(rng, 300, 3, 8, 24, 32, jnp.float32)
-    chosen[250:] = 8
+@pytest.mark.parametrize(("backend", "tokens"), [("gather", 4), ("blocks", 300)])
+def test_gradient_is_that_of_dense(backend, tokens, rng):
+    x, chosen, weights, gate_up, down = draw(rng, tokens, 3, 8, 24, 32, jnp.float32)
+    chosen[-tokens // 4 :] = 8
     cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
     def gradients(backend):
@@ -86,8 +90,9 @@ def test_gradient_of_blocks_is_that_of_dense(rng):
 
         return jax.jit(jax.grad(loss, range(4)))(x, weights, gate_up, down)
 
-    for blocks, dense in zip(gradients("blocks"), gradients("dense"), strict=True):
-        np.testing.assert_allclose(blocks, dense, atol=1e-5 * np.abs(dense).max())
+    assert backend in DIFFERENTIABLE_EXPERT_BACKENDS
+    for mine, dense in zip(gradients(backend), gradients("dense"), strict=True):
+        np.testing.assert_allclose(mine, dense, atol=1e-5 * np.abs(dense).max())
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,8 @@ def test_gradient_of_blocks_is_that_of_dense(rng):
         ((1, 6, "gpu", 4, 64), "dense"),
         ((257, 6, "gpu", 8, 64), "blocks"),
         ((257, 2, "gpu", 4, 4), "dense"),
+        ((256, 6, "tpu", 8, 64), "dense"),
+        ((257, 6, "tpu", 8, 64), "gmm"),
     ],
 )
 def test_default_backend(arguments, backend):
