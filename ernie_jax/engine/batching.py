@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ernie_jax.ops import RaggedBatch
+
+NO_SLOT = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +20,17 @@ class Run:
     """New tokens of one sequence: `tokens` at positions start, start + 1, ... over the sequence's pages.
 
     A negative token -1 - s stands for the one last sampled in slot s, which only the device knows.
+
+    Attributes:
+      slot: where the token after these is sampled; NO_SLOT: it is not.
+      index: which of the sequence's own tokens that is, 0 for the first.
     """
 
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
+    slot: int = NO_SLOT
+    index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Step:
       tokens: [T] int32.
       last: [B] int32 index of each row's last token; unused rows repeat the first.
       starts: [B + 1] int32 first token of each row; rows are numbered through all groups.
+      slots, indices: [B] int32 of each row's run.
       groups: a RaggedBatch for each group.
       group_starts, group_counts: [G] int32 which of the tokens are a group's.
     """
@@ -55,6 +67,8 @@ class Step:
     tokens: np.ndarray
     last: np.ndarray
     starts: np.ndarray
+    slots: np.ndarray
+    indices: np.ndarray
     groups: list[RaggedBatch]
     group_starts: np.ndarray
     group_counts: np.ndarray
@@ -91,12 +105,18 @@ def build_step(
     starts[: len(lengths) + 1] = np.cumsum([0, *lengths])
     last = np.zeros(rows, np.int32)
     last[: len(lengths)] = starts[1 : len(lengths) + 1] - 1
+    slots = np.full(rows, NO_SLOT, np.int32)
+    slots[: len(lengths)] = [run.slot for group in runs for run in group]
+    indices = np.zeros(rows, np.int32)
+    indices[: len(lengths)] = [run.index for group in runs for run in group]
     sizes = {"tokens": group_tokens, "rows": group_rows, "pages": pages, "query": query}
     return Step(
         StepShape(tokens, rows, group_tokens, group_rows, pages, query),
         ids,
         last,
         starts,
+        slots,
+        indices,
         [build_batch(group, page_size=page_size, scratch_page=scratch_page, **sizes) for group in runs],
         np.cumsum([0, *counts[:-1]], dtype=np.int32),
         np.array(counts, np.int32),
@@ -120,9 +140,69 @@ def build_batch(
         positions[here] = np.arange(run.start, end)
         batch_rows[here] = row
         kv_lengths[row] = end
-        count = -(-end // page_size)
-        table[row, :count] = run.pages[:count]
+        reserved = run.pages[:pages]  # also those that later steps will fill
+        table[row, : len(reserved)] = reserved
     return RaggedBatch(positions, batch_rows, starts, kv_lengths, table, max_query=query)
+
+
+class Packed(NamedTuple):
+    """A step as one data group's shard sees it; the first six are the same in all groups.
+
+    Attributes:
+      tokens, last, slots, indices: as in Step.
+      total: [1] how many of the tokens are no padding.
+      start, count: [1] which of them are the group's.
+      positions, rows, starts, lengths, table: of the group's RaggedBatch; the table is flat.
+    """
+
+    tokens: jax.Array
+    last: jax.Array
+    slots: jax.Array
+    indices: jax.Array
+    total: jax.Array
+    start: jax.Array
+    count: jax.Array
+    positions: jax.Array
+    rows: jax.Array
+    starts: jax.Array
+    lengths: jax.Array
+    table: jax.Array
+
+    def batch(self, shape: StepShape) -> RaggedBatch:
+        """Return what the group's attention needs."""
+        table = self.table.reshape(shape.group_rows, shape.pages)
+        return RaggedBatch(self.positions, self.rows, self.starts, self.lengths, table, max_query=shape.query)
+
+    def advance(self) -> Packed:
+        """Return the decode step that follows this one, for the same sequences."""
+        used = self.lengths > 0
+        row = jnp.minimum(self.rows, len(used) - 1)
+        return self._replace(
+            indices=self.indices + 1,
+            positions=self.positions + ((self.rows < len(used)) & used[row]),
+            lengths=self.lengths + used,
+        )
+
+
+def packed_sizes(shape: StepShape) -> tuple[int, ...]:
+    """Return the length of each field of a Packed."""
+    tokens, rows = shape.group_tokens, shape.group_rows
+    return (shape.tokens, *(shape.rows,) * 3, 1, 1, 1, tokens, tokens, rows + 1, rows, rows * shape.pages)
+
+
+def pack(step: Step) -> np.ndarray:
+    """Lay a step out as one int32 array [G, n], a row for each data group: one transfer."""
+    rows = []
+    for batch, start, count in zip(step.groups, step.group_starts, step.group_counts, strict=True):
+        own = (batch.positions, batch.rows, batch.starts, batch.kv_lengths, batch.page_table.ravel())
+        total = step.group_counts.sum()
+        rows.append(np.concatenate([step.tokens, step.last, step.slots, step.indices, [total], [start], [count], *own]))
+    return np.stack(rows).astype(np.int32)
+
+
+def unpack(row: jax.Array, shape: StepShape) -> Packed:
+    """Read a row of `pack`."""
+    return Packed(*jnp.split(row, np.cumsum(packed_sizes(shape))[:-1]))
 
 
 def take_chunks(waiting: Sequence[int], budget: int, rows: int) -> list[int]:

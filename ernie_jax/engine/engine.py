@@ -19,7 +19,7 @@ import numpy as np
 
 from ernie_jax import distributed
 from ernie_jax.engine import cache
-from ernie_jax.engine.batching import Run, Step, bucket, build_step, take_chunks
+from ernie_jax.engine.batching import NO_SLOT, Run, Step, StepShape, bucket, build_step, take_chunks
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, SamplingParams, build_rows
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
@@ -159,6 +159,8 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._in_flight: deque[_InFlight] = deque()
+        # The last step if it was one of decoding: its sequences and shape, and on the devices the step that follows.
+        self._following: tuple[list[_Sequence], StepShape, jax.Array] | None = None
         self._requests = 0
 
     @property
@@ -350,30 +352,47 @@ class Engine:
     def _dispatch(self) -> bool:
         """Dispatch a prefill step if any prompt is unfinished, else a decode step; False if there is nothing to do."""
         if prefilling := [s for s in self._running if s.computed < len(s.prompt)]:
+            self._following = None
             chosen, step = self._prefill_step(prefilling)
-        elif chosen := [s for s in self._running if s.sampled < s.most]:
-            rows = bucket(len(chosen), self.options.max_sequences)
-            chosen, step = self._build([(s, Run((-1 - s.slot,), s.computed, s.pages)) for s in chosen], rows, rows)
+            shape, packed, counts = step.shape, self._step.place(step), np.diff(step.starts)
+        elif chosen := sorted((s for s in self._running if s.sampled < s.most), key=lambda s: s.group):
+            shape, packed = self._decode_step(chosen)
+            counts = [1] * len(chosen)
         else:
             return False
-        new = np.diff(step.starts)
-        # A slot out of range: nothing is sampled in that row.
-        rows = np.full((2, len(new)), self.options.max_sequences, np.int32)
         sampling = []
         for row, sequence in enumerate(chosen):
-            sequence.computed += int(new[row])
+            sequence.computed += int(counts[row])
             if sequence.computed >= len(sequence.prompt):
-                rows[:, row] = sequence.slot, sequence.sampled
                 sequence.sampled += 1
                 sampling.append((row, sequence))
-        logits, self._pages = self._step.forward(self._pages, self._last_tokens, step)
+        (logits, rows, following), self._pages = self._step.forward(self._pages, self._last_tokens, packed, shape)
+        if not prefilling:
+            self._following = chosen, shape, following
         if sampling:
             out, self._sampler, self._last_tokens = self._step.sample(
                 logits, self._sampler, self._last_tokens, rows, features=self._features, valid_vocab=self.valid_vocab
             )
+            out = jax.tree.map(lambda array: array.addressable_data(0), out)
             jax.tree.map(lambda array: array.copy_to_host_async(), out)
             self._in_flight.append(_InFlight(sampling, out))
         return True
+
+    def _decode_step(self, chosen: list[_Sequence]) -> tuple[StepShape, jax.Array]:
+        """Return the next decode step, on the devices: from the last one if the sequences are the same.
+
+        Sending a step to several GPUs takes longer than a small one runs, and most follow one of the same sequences.
+        """
+        if self._following is not None:
+            sequences, shape, packed = self._following
+            width = shape.pages * self.options.page_size
+            if chosen == sequences and all(s.computed < width for s in chosen):
+                return shape, packed
+        rows = bucket(len(chosen), self.options.max_sequences)
+        _, step = self._build(
+            [(s, Run((-1 - s.slot,), s.computed, s.pages, s.slot, s.sampled)) for s in chosen], rows, rows
+        )
+        return step.shape, self._step.place(step)
 
     def _prefill_step(self, sequences: list[_Sequence]) -> tuple[list[_Sequence], Step]:
         """Choose prompt chunks for a step; returns the sequences that take part, and the step with a row for each."""
@@ -383,10 +402,11 @@ class Engine:
         for group in groups:
             waiting = [s for s in sequences if s.group == group]
             chunks = take_chunks([len(s.prompt) - s.computed for s in waiting], budget, _PREFILL_ROWS)
-            runs += [
-                (s, Run(s.prompt[s.computed : s.computed + chunk], s.computed, s.pages))
-                for s, chunk in zip(waiting, chunks, strict=False)
-            ]
+            for sequence, chunk in zip(waiting, chunks, strict=False):
+                end = sequence.computed + chunk
+                slot = sequence.slot if end == len(sequence.prompt) else NO_SLOT
+                run = Run(sequence.prompt[sequence.computed : end], sequence.computed, sequence.pages, slot)
+                runs.append((sequence, run))
         tokens = bucket(sum(len(run.tokens) for _, run in runs), self.options.prefill_chunk, least=16)
         return self._build(runs, tokens, 1 if len(runs) == 1 else self._groups * _PREFILL_ROWS)
 

@@ -13,39 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ernie_jax.engine.batching import Step, StepShape
+from ernie_jax.engine.batching import Step, StepShape, pack, packed_sizes, unpack
 from ernie_jax.engine.cache import PAGE_AXES
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, record_tokens, sample, write_rows
 from ernie_jax.model import Backends, Ernie, GroupRows
-from ernie_jax.ops import (
-    RaggedBatch,
-    default_exchange_backend,
-    packed_attention,
-    paged_attention,
-)
+from ernie_jax.ops import default_exchange_backend, packed_attention, paged_attention
 from ernie_jax.sharding import Layout
 
 _BATCH_AXES = ("group", None)
-
-
-def pack(step: Step) -> np.ndarray:
-    """Lay a step out as one int32 array [G, n], a row for each data group: one transfer a step."""
-    shared = np.concatenate([step.tokens, step.last, [step.group_counts.sum()]])
-    rows = []
-    for batch, start, count in zip(step.groups, step.group_starts, step.group_counts, strict=True):
-        own = (batch.positions, batch.rows, batch.starts, batch.kv_lengths, batch.page_table.ravel())
-        rows.append(np.concatenate([shared, [start, count], *own]))
-    return np.stack(rows).astype(np.int32)
-
-
-def packed_size(shape: StepShape) -> int:
-    """Return the length n of a row of `pack`."""
-    return sum(_sizes(shape))
-
-
-def _sizes(shape: StepShape) -> tuple[int, ...]:
-    tokens, rows = shape.group_tokens, shape.group_rows
-    return (shape.tokens, shape.rows, 1, 1, 1, tokens, tokens, rows + 1, rows, rows * shape.pages)
 
 
 class DeviceStep:
@@ -80,35 +55,39 @@ class DeviceStep:
         self.traces = 0  # how often a step was compiled: tests hold it to the number of shapes
 
         def run(leaves, pages, last_tokens, packed, shape):
-            """Return the model, the hidden states [T, D] of all tokens, the pages, and the last token of each row."""
+            """Return the model, the hidden states [T, D] of all tokens, and the pages."""
             self.traces += 1
-            fields = jnp.split(packed[0], np.cumsum(_sizes(shape))[:-1])
-            tokens, last, total, start, count, positions, rows, starts, lengths, table = fields
-            batch = RaggedBatch(
-                positions, rows, starts, lengths, table.reshape(shape.group_rows, shape.pages), max_query=shape.query
-            )
-            window = GroupRows(total=total[0], count=total[0])
+            batch = packed.batch(shape)
+            window = GroupRows(total=packed.total[0], count=packed.total[0])
             if layout.groups > 1:
-                window = GroupRows(start[0], count[0], total[0], shape.group_tokens)
-            tokens = jnp.where(tokens < 0, last_tokens[jnp.maximum(-1 - tokens, 0)], tokens)
+                window = GroupRows(packed.start[0], packed.count[0], packed.total[0], shape.group_tokens)
+            sampled = last_tokens[jnp.maximum(-1 - packed.tokens, 0)]
+            tokens = jnp.where(packed.tokens < 0, sampled, packed.tokens)
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
             out = model(
                 tokens,
-                positions,
+                batch.positions,
                 lambda *qkv: paged_attention(*qkv, batch),
                 pages,
                 backends=self.backends,
                 shard=shard,
                 rows=window,
             )
-            return model, whole(out.hidden, window, shape.tokens), out.caches, last
+            return model, whole(out.hidden, window, shape.tokens), out.caches
 
         def forward(leaves, pages, last_tokens, packed, *, shape):
-            model, hidden, pages, last = run(leaves, pages, last_tokens, packed, shape)
-            return model.logits(hidden[last]), pages
+            packed = unpack(packed[0], shape)  # this shard's data group
+            model, hidden, pages = run(leaves, pages, last_tokens, packed, shape)
+            outputs = (
+                model.logits(hidden[packed.last]),
+                jnp.stack([packed.slots, packed.indices]),
+                jnp.concatenate(packed.advance())[None],
+            )
+            return outputs, pages
 
         def score(leaves, pages, packed, targets, *, shape):
-            model, hidden, pages, _ = run(leaves, pages, jnp.zeros((1,), jnp.int32), packed, shape)
+            packed = unpack(packed[0], shape)
+            model, hidden, pages = run(leaves, pages, jnp.zeros((1,), jnp.int32), packed, shape)
             logits = model.logits(hidden).astype(jnp.float32)  # of this shard's slice of the vocabulary
             largest = shard.max(logits.max(-1), "vocab")
             total = shard.sum(jnp.exp(logits - largest[:, None]).sum(-1), "vocab")
@@ -140,7 +119,7 @@ class DeviceStep:
             return hidden
 
         def sharded(function, inputs, output):
-            """Wrap in shard_map; outputs are one array and the pages."""
+            """Wrap in shard_map; what comes out is the output and the pages."""
 
             @functools.partial(jax.jit, static_argnames="shape", donate_argnames="pages")
             def call(leaves, pages, *args, shape):
@@ -155,7 +134,7 @@ class DeviceStep:
             return call
 
         group = layout.spec(_BATCH_AXES)
-        self._forward = sharded(forward, (everywhere, group), layout.spec((None, "vocab")))
+        self._forward = sharded(forward, (everywhere, group), (layout.spec((None, "vocab")), everywhere, group))
         self._score = sharded(score, (group, everywhere), everywhere)
         here = layout.sharding()
         self._logits = jax.jit(
@@ -176,15 +155,22 @@ class DeviceStep:
         )
         self.set_rows = jax.jit(write_rows, donate_argnums=0, out_shardings=here)
 
-    def forward(self, pages: list, last_tokens: jax.Array, step: Step) -> tuple[jax.Array, list]:
-        """Run a step; returns logits [B, V] of each row's last token, split by vocabulary, and the pages (donated)."""
-        packed = self._layout.put(pack(step), _BATCH_AXES)
-        return self._forward(self._leaves, pages, last_tokens, packed, shape=step.shape)
+    def place(self, step: Step) -> jax.Array:
+        """Bring a step to the devices."""
+        return self._layout.put(pack(step), _BATCH_AXES)
+
+    def forward(self, pages: list, last_tokens: jax.Array, packed: jax.Array, shape: StepShape):
+        """Run a step that was placed, or that follows another.
+
+        Returns:
+          ((logits [B, V] of each row's last token, split by vocabulary; rows [2, B] for `sample`; the decode step that
+          follows for the same sequences), the pages), of which the pages given are donated.
+        """
+        return self._forward(self._leaves, pages, last_tokens, packed, shape=shape)
 
     def score(self, pages: list, step: Step, targets: np.ndarray) -> tuple[jax.Array, list]:
         """Run a step; returns log-probabilities [T] float32 of `targets` [T], each after its token, and the pages."""
-        packed = self._layout.put(pack(step), _BATCH_AXES)
-        return self._score(self._leaves, pages, packed, self._layout.put(targets), shape=step.shape)
+        return self._score(self._leaves, pages, self.place(step), self._layout.put(targets), shape=step.shape)
 
     def logits(self, tokens: np.ndarray) -> jax.Array:
         """Return the logits [T, V] after each token of one sequence [T], without the cache."""
@@ -195,7 +181,7 @@ class DeviceStep:
         logits: jax.Array,
         state: SamplerState,
         last_tokens: jax.Array,
-        rows: np.ndarray,
+        rows: jax.Array,
         *,
         features: Features,
         valid_vocab: int,
@@ -216,7 +202,7 @@ class DeviceStep:
         """Lower the forward step for compilation ahead of time."""
         last_tokens = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=self._layout.sharding())
         packed = jax.ShapeDtypeStruct(
-            (self._layout.groups, packed_size(shape)), jnp.int32, sharding=self._layout.sharding(_BATCH_AXES)
+            (self._layout.groups, sum(packed_sizes(shape))), jnp.int32, sharding=self._layout.sharding(_BATCH_AXES)
         )
         return self._forward.lower(self._leaves, pages, last_tokens, packed, shape=shape)
 

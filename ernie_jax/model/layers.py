@@ -15,7 +15,7 @@ from flax import nnx
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.ops import default_expert_backend, einsum, exchange_mlp, grouped_mlp, linear, swiglu
-from ernie_jax.sharding import Shard
+from ernie_jax.sharding import WHOLE, Shard
 
 # (layer index, q [..., K, R, H], k [..., K, H], v [..., K, H], cache) -> (out [..., K, R, H], cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]]
@@ -138,7 +138,7 @@ class Attention(nnx.Module):
         self.qkv = Linear(heads, model, dtype, config.use_bias)
         self.out = Linear(model, heads | {"group_head": group}, dtype, config.use_bias)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, attend: Attend, cache, shard: Shard):  # x [..., D]
+    def __call__(self, x: jax.Array, angles: jax.Array, attend: Attend, cache, shard: Shard = WHOLE):  # x [..., D]
         """Return the sum over this shard's heads [..., D], and the cache."""
         qkv = self.qkv("...d,krhd->...krh", x)
         rotated = rotate(qkv[..., :-1, :], angles[..., None, :])  # queries and the key
@@ -154,7 +154,7 @@ class MLP(nnx.Module):
         self.gate_up = Linear({"gate_up": 2, **inner}, model, dtype, config.use_bias)
         self.down = Linear(model, inner, dtype, config.use_bias)
 
-    def __call__(self, x: jax.Array, shard: Shard) -> jax.Array:  # [..., D]
+    def __call__(self, x: jax.Array, shard: Shard = WHOLE) -> jax.Array:  # [..., D]
         """Return the sum over this shard's part of the inner width, [..., D]."""
         gate_up = self.gate_up("...d,xfd->...xf", x)
         return self.down("...f,df->...d", swiglu(gate_up, axis=-2), shard.index("mlp"))
@@ -236,7 +236,11 @@ class MoE(nnx.Module):
             self.shared = MLP(config, config.moe_intermediate_size * config.moe_num_shared_experts, dtype)
 
     def __call__(
-        self, x: jax.Array, shard: Shard, backends: Backends, live: jax.Array | None
+        self,
+        x: jax.Array,
+        shard: Shard = WHOLE,
+        backends: Backends = DEFAULT_BACKENDS,
+        live: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing]:
         """Return the sum over this shard's part of the experts, [..., D], and the routing.
 

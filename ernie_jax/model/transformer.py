@@ -42,7 +42,7 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, dtype):
         self.weight = parameter((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
 
-    def __call__(self, tokens: jax.Array, shard: Shard) -> jax.Array:  # [...] -> [..., D]
+    def __call__(self, tokens: jax.Array, shard: Shard = WHOLE) -> jax.Array:  # [...] -> [..., D]
         table = self.weight[...]
         if shard.size("vocab") == 1:
             return embed(table, tokens)

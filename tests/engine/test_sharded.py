@@ -126,7 +126,8 @@ def test_prefill_mixed_and_decode_steps(layout, routing, tiny_config, rng):
         ]
         total = sum(chunks[i][round] for i in taking)
         batch = build_step(runs, tokens=total + 3, rows=8, page_size=PAGE, max_pages=64, scratch_page=31)
-        logits, pages = step.forward(pages, layout.put(np.zeros(1, np.int32)), batch)
+        last_tokens = layout.put(np.zeros(1, np.int32))
+        (logits, _, _), pages = step.forward(pages, last_tokens, step.place(batch), batch.shape)
         order = [i for members in by_group for i in members]
         for row, i in zip(np.asarray(logits), order, strict=False):
             done[i] += chunks[i][round]

@@ -12,6 +12,7 @@ import pytest
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
+from ernie_jax.engine.batching import unpack
 from ernie_jax.model import layers
 from ernie_jax.ops import packed_attention
 
@@ -49,7 +50,7 @@ def run_layers(model, tokens, positions, segments, given=None):
         x = keep(f"layer_{i}.attention", x + layer.attention(layer.input_norm(x), angles, attend, None)[0])
         h = layer.post_attention_norm(x)
         if isinstance(layer.mlp, layers.MoE):
-            h, routed = layer.mlp(h, None)
+            h, routed = layer.mlp(h)
             routing.append(routed)
         else:
             h = layer.mlp(h)
@@ -158,12 +159,17 @@ class RecordingStep:
         self._step = step
         self._logits: dict[tuple[int, int], np.ndarray] = {}  # (the sequence's first page, position) -> [V]
 
-    def forward(self, pages, last_tokens, batch, slots):
-        logits, pages = self._step.forward(pages, last_tokens, batch, slots)
+    def __getattr__(self, name):
+        return getattr(self._step, name)
+
+    def forward(self, pages, last_tokens, packed, shape):
+        outputs, pages = self._step.forward(pages, last_tokens, packed, shape)
+        batch = unpack(np.asarray(packed)[0], shape).batch(shape)
         rows = np.flatnonzero(np.diff(batch.starts))
-        for row, values in zip(rows, np.asarray(logits)[rows], strict=True):
-            self._logits[batch.page_table[row, 0], batch.positions[batch.starts[row + 1] - 1]] = values
-        return logits, pages
+        for row, values in zip(rows, np.asarray(outputs[0])[rows], strict=True):
+            place = int(batch.page_table[row, 0]), int(batch.positions[batch.starts[row + 1] - 1])
+            self._logits[place] = values
+        return outputs, pages
 
     def logits_of(self, prompt: int) -> dict[int, np.ndarray]:
         """Return position -> logits [V] of the prompt submitted as number `prompt`."""
