@@ -20,6 +20,7 @@ from types import MappingProxyType
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -266,7 +267,9 @@ def shard_bytes(state: nnx.State) -> int:
 
 
 def _make_mesh(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=list(devices))
+    # An axis may take part of a torus's axis: 8 devices of a 4x4 slice.
+    grid = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _parse_mesh(text: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ from ernie_jax.errors import UserError
 from ernie_jax.planner import compilation, costs, plan
 from ernie_jax.planner.plan import Plan, Request, estimate_all, make_plan, measure, smallest_slice, suggest
 from ernie_jax.planner.topology import parse_topology
+from ernie_jax.sharding import make_layout
 
 BF16 = jnp.dtype(jnp.bfloat16)
 
@@ -232,6 +233,17 @@ def test_other_failures_of_the_compiler_are_not_hidden(small_config, monkeypatch
 def test_a_plan_for_gpus_is_not_compiled(large):
     found = make_plan(request_for(large, "h100:2"), build=False)
     assert measure(found) is found
+
+
+@pytest.mark.parametrize("name", ["v4-128", "v5e-16", "v5e-256", "v5p-64", "v6e-16", "v6e-64", "v6e-256", "tpu7x-128"])
+def test_every_sharding_finds_its_mesh_on_a_slice(large, name):
+    """Also where a mesh axis takes part of an axis of the torus."""
+    pytest.importorskip("libtpu")
+    request = request_for(large, name)
+    devices = request.topology.compile_devices()
+    for preset, found in estimate_all(request).items():
+        if isinstance(found, Plan):
+            assert dict(make_layout(large, devices, None, preset).mesh.shape) == dict(found.layout.mesh.shape)
 
 
 def test_a_mesh_of_ones_own(large):
