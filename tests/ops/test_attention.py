@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
+    dynamic_validate_inputs,
+    ref_ragged_paged_attention,
+)
 
 from ernie_jax.engine.batching import Run, build_batch
-from ernie_jax.ops import attention, packed_attention, paged_attention
+from ernie_jax.errors import UserError
+from ernie_jax.ops import attention, default_attention_backend, packed_attention, paged_attention
 
 K, R, H, PAGE = 2, 3, 16, 8
 
@@ -29,11 +34,13 @@ def heads(rng, tokens, dtype):
 MIXTURE = [(13, 9), (30, 1), (0, 17), (90, 1)]
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
-@pytest.mark.parametrize("block", [16, 2048], ids=["many blocks", "one block"])
-@pytest.mark.parametrize("mixture", [MIXTURE, [(90, 1), (3, 1), (50, 1)], [(40, 33)]], ids=["mixed", "decode", "chunk"])
-def test_paged_attention_matches_float64(mixture, block, dtype, bound, rng, monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK", block)
+def describe(runs, tokens):
+    query = max((len(run.tokens) for run in runs), default=1)
+    return build_batch(runs, tokens=tokens, rows=len(runs) + 2, pages=16, query=query, page_size=PAGE, scratch_page=63)
+
+
+def check(mixture, dtype, bound, rng, run):
+    """Compare run(q, k, v, pages, batch) with float64, for (cached before, new tokens) of each sequence."""
     num_pages = 64
     order = rng.permutation(num_pages - 1).tolist()  # pages in no order; the last page is scratch
     pages = np.asarray(rng.normal(size=(num_pages, PAGE, 2 * K, H)), np.float32)  # stale content everywhere
@@ -46,25 +53,93 @@ def test_paged_attention_matches_float64(mixture, block, dtype, bound, rng, monk
         histories.append((k, v))
         runs.append(Run([0] * new, cached, mine))
     total = sum(new for _, new in mixture)
-    batch = build_batch(runs, tokens=total + 5, rows=len(runs) + 2, page_size=PAGE, max_pages=16, scratch_page=63)
+    batch = describe(runs, total + 5)
     q, k, v = heads(rng, total + 5, dtype)
-    out, written = jax.jit(paged_attention)(q, k, v, jnp.asarray(pages, dtype), batch)
+    out, written = run(q, k, v, jnp.asarray(pages, dtype), batch)
     assert np.isfinite(np.asarray(out, np.float32)).all()
     first = 0
-    for (cached, new), (old_k, old_v), run in zip(mixture, histories, runs, strict=True):
+    for (cached, new), (old_k, old_v), row in zip(mixture, histories, runs, strict=True):
         here = slice(first, first + new)
         all_k, all_v = (np.concatenate([a, b[here]]) for a, b in ((old_k, k), (old_v, v)))
         visible = np.arange(cached + new) <= (cached + np.arange(new))[:, None]
         expected = reference(q[here], all_k, all_v, visible)
         error = np.linalg.norm(np.asarray(out[here], np.float64) - expected) / np.linalg.norm(expected)
         assert error < bound
-        stored = np.asarray(written)[run.pages].reshape(-1, K, 2, H)[: cached + new]
+        stored = np.asarray(written)[row.pages].reshape(-1, K, 2, H)[: cached + new]
         np.testing.assert_array_equal(stored[:, :, 0], all_k)
         np.testing.assert_array_equal(stored[:, :, 1], all_v)
         first += new
-    used = {page for run in runs for page in run.pages}
+    used = {page for row in runs for page in row.pages}
     others = [page for page in range(num_pages - 1) if page not in used]
     np.testing.assert_array_equal(np.asarray(written)[others], np.asarray(jnp.asarray(pages[others], dtype)))
+
+
+MIXTURES = pytest.mark.parametrize(
+    "mixture", [MIXTURE, [(90, 1), (3, 1), (50, 1)], [(40, 33)]], ids=["mixed", "decode", "chunk"]
+)
+DTYPES = pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
+
+
+@DTYPES
+@pytest.mark.parametrize("block", [16, 2048], ids=["many blocks", "one block"])
+@MIXTURES
+def test_paged_attention_matches_float64(mixture, block, dtype, bound, rng, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    check(mixture, dtype, bound, rng, jax.jit(paged_attention))
+
+
+def stand_in(q, *arguments, num_kv_pages_per_block, num_queries_per_block, **options):
+    """The TPU kernel by its authors' reference, with the garbage that the kernel leaves in rows of no sequence."""
+    arguments = [np.asarray(argument) for argument in arguments]
+    dynamic_validate_inputs(q, *map(jnp.asarray, arguments), **options)
+    out = ref_ragged_paged_attention(q, jnp.asarray(arguments[0]), *arguments[1:], **options)
+    return jnp.full_like(q, jnp.nan).at[: len(out)].set(out)
+
+
+@DTYPES
+@MIXTURES
+def test_rpa_hands_the_kernel_what_it_takes(mixture, dtype, bound, rng, monkeypatch):
+    """The kernel itself runs on TPUs only; tests/tpu compiles it."""
+    monkeypatch.setattr(attention, "ragged_paged_attention", stand_in)
+    monkeypatch.setattr(f"{__name__}.H", 128)
+    check(mixture, dtype, bound, rng, lambda *arguments: paged_attention(*arguments, "rpa"))
+
+
+def test_rpa_reads_scratch_in_a_group_without_sequences(rng, monkeypatch):
+    seen = {}
+
+    def kernel(q, pages, kv_lens, page_indices, cu_q_lens, num_seqs, **options):
+        seen.update(lengths=kv_lens, table=page_indices, starts=cu_q_lens, count=num_seqs)
+        return stand_in(q, pages, kv_lens, page_indices, cu_q_lens, num_seqs, **options)
+
+    monkeypatch.setattr(attention, "ragged_paged_attention", kernel)
+    monkeypatch.setattr(f"{__name__}.H", 128)
+    pages = jnp.asarray(rng.normal(size=(64, PAGE, 2 * K, H)), jnp.float32)
+    out, _ = paged_attention(*heads(rng, 4, jnp.float32), pages, describe([], 4), "rpa")
+    np.testing.assert_array_equal(out, 0)
+    assert seen["count"].tolist() == [1] and seen["starts"].tolist() == [0, 1, 1]
+    assert seen["lengths"][0] == 1 and seen["table"][0, 0] == 63
+
+
+def test_rpa_refuses_what_the_kernel_does_not_take(rng):
+    pages = jnp.zeros((64, PAGE, 2 * K, H))
+    with pytest.raises(UserError, match="takes heads of a multiple of 128, not of 16; use attention backend xla"):
+        paged_attention(*heads(rng, 4, jnp.float32), pages, describe([], 4), "rpa")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend"),
+    [
+        (("tpu", 128, jnp.bfloat16, 1), "rpa"),
+        (("tpu", 128, jnp.float32, 16), "rpa"),
+        (("tpu", 64, jnp.bfloat16, 1), "xla"),
+        (("tpu", 128, jnp.bfloat16, 3), "xla"),
+        (("tpu", 128, jnp.float8_e4m3fn, 2), "xla"),
+        (("gpu", 128, jnp.bfloat16, 1), "xla"),
+    ],
+)
+def test_default_backend(arguments, backend):
+    assert default_attention_backend(*arguments) == backend
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
