@@ -24,11 +24,13 @@ from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, Samp
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
-from ernie_jax.ops import EXCHANGE_BACKENDS, EXPERT_BACKENDS
+from ernie_jax.ops import ATTENTION_BACKENDS, EXCHANGE_BACKENDS, EXPERT_BACKENDS
 from ernie_jax.sharding import PRESETS, Layout
 
 FinishReason = Literal["stop", "length"]
 
+# Kernels for one kind of chip; the other backends run everywhere.
+_PLATFORMS = {"rpa": ("tpu",), "gmm": ("tpu",), "ragged": ("tpu", "gpu")}
 _STEPS_AHEAD = 2
 _PREFILL_ROWS = 8  # of a data group
 
@@ -43,6 +45,7 @@ class EngineOptions:
       prefill_chunk: most prompt tokens of a step; None takes 2048 on a GPU, else 512.
       page_size: tokens of a cache page.
       expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by platform and number of tokens.
+      attention_backend: a name of ops.ATTENTION_BACKENDS; None chooses by platform.
       exchange_backend: a name of ops.EXCHANGE_BACKENDS; None chooses by platform.
     """
 
@@ -51,6 +54,7 @@ class EngineOptions:
     prefill_chunk: int | None = None
     page_size: int = cache.PAGE_SIZE
     expert_backend: str | None = None
+    attention_backend: str | None = None
     exchange_backend: str | None = None
 
     def __post_init__(self):
@@ -58,7 +62,7 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
-        known = {"expert": EXPERT_BACKENDS, "exchange": EXCHANGE_BACKENDS}
+        known = {"expert": EXPERT_BACKENDS, "attention": ATTENTION_BACKENDS, "exchange": EXCHANGE_BACKENDS}
         for op, backends in known.items():
             backend = getattr(self, f"{op}_backend")
             if backend not in (None, *backends):
@@ -149,7 +153,11 @@ class Engine:
         self._max_pages = -(-self.config.max_position_embeddings // options.page_size)
         self._pages = cache.make_pages(self.config, self.dtype, self._group_pages, options.page_size, layout)
         self._pools = cache.PagePools(self._groups, self._group_pages - 1)
-        self._step = DeviceStep(model, layout, options.expert_backend, options.exchange_backend)
+        backends = options.expert_backend, options.attention_backend, options.exchange_backend
+        for backend in backends:
+            if backend in _PLATFORMS and layout.platform not in _PLATFORMS[backend]:
+                raise UserError(f"ops: backend {backend} does not run on a {layout.platform}; leave it out")
+        self._step = DeviceStep(model, layout, *backends)
         self._last_tokens = layout.put(np.zeros(options.max_sequences, np.int32))
         self._put = layout.put
         self._seeds = random.Random(distributed.broadcast(secrets.randbits(63)))

@@ -17,7 +17,7 @@ from ernie_jax.engine.batching import Step, StepShape, pack, packed_sizes, unpac
 from ernie_jax.engine.cache import PAGE_AXES
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, record_tokens, sample, write_rows
 from ernie_jax.model import Backends, Ernie, GroupRows
-from ernie_jax.ops import default_exchange_backend, packed_attention, paged_attention
+from ernie_jax.ops import default_attention_backend, default_exchange_backend, packed_attention, paged_attention
 from ernie_jax.sharding import Layout
 
 _BATCH_AXES = ("group", None)
@@ -34,6 +34,7 @@ class DeviceStep:
         model: Ernie,
         layout: Layout,
         expert_backend: str | None = None,
+        attention_backend: str | None = None,
         exchange_backend: str | None = None,
     ):
         """Prepare the steps of a model whose weights lie as `layout` says; abstract weights allow `lower` only.
@@ -41,7 +42,10 @@ class DeviceStep:
         Backends are names of ops' tables; None chooses by platform, that of the experts also by the number of tokens.
         """
         config, platform = model.config, layout.platform
-        self.attention_backend = "xla"
+        kv_heads = config.num_key_value_heads // layout.size("kv_head")
+        self.attention_backend = attention_backend or default_attention_backend(
+            platform, config.head_dim, model.embed.weight.dtype, kv_heads
+        )
         self.backends = Backends(expert_backend, exchange_backend or default_exchange_backend(platform), platform)
         self.exchanges = layout.shard().exchanges
         graphdef, state = nnx.split(model)
@@ -67,7 +71,7 @@ class DeviceStep:
             out = model(
                 tokens,
                 batch.positions,
-                lambda *qkv: paged_attention(*qkv, batch),
+                lambda *qkv: paged_attention(*qkv, batch, self.attention_backend),
                 pages,
                 backends=self.backends,
                 shard=shard,
