@@ -58,6 +58,14 @@ def journaled(directory: pathlib.Path) -> dict[int, set[str]]:
     return found
 
 
+def wait_for_journals(directory: pathlib.Path, count: int) -> None:
+    """Wait until so many processes have journaled something."""
+    deadline = time.monotonic() + 60
+    while len(journaled(directory)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_same_bytes_as_alone(start, processes, alone, tmp_path, count):
     start(count)
@@ -75,9 +83,8 @@ def test_killed_and_resumed(start, processes, alone, tmp_path, victims, then):
     """Whoever is killed, all end; as many as there are then go on, and rewrite nothing that was journaled."""
     ours = tmp_path / "ours"
     start(3, pause=0.02)
-    while len(journaled(ours)) < 3:
-        assert not checkpoint.is_checkpoint(ours)
-        time.sleep(0.05)
+    wait_for_journals(ours, 3)
+    assert not checkpoint.is_checkpoint(ours)
     for victim in victims:
         processes.kill(victim)
     for index, result in enumerate(processes.wait()):
@@ -96,8 +103,7 @@ def test_killed_and_resumed(start, processes, alone, tmp_path, victims, then):
 
 def test_a_second_team_is_refused(start, processes, tmp_path):
     start(2, pause=0.5)
-    while len(journaled(tmp_path / "ours")) < 2:
-        time.sleep(0.05)
+    wait_for_journals(tmp_path / "ours", 2)
     (tmp_path / "second").mkdir()
     second = Processes(tmp_path / "second")
     start(2, running=second, at=free_port())

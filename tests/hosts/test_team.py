@@ -4,7 +4,6 @@ import contextlib
 import json
 import pathlib
 import socket
-import threading
 import time
 
 import pytest
@@ -88,26 +87,24 @@ def test_taken_port(processes, port):
 def test_strangers_are_passed_over(run, processes, port):
     """Whoever else knocks, in silence or with nonsense, neither joins nor ends the roll call."""
     run("values", only=[0], wait=False)
-
-    def knock(words: bytes) -> None:
-        while True:
-            try:
-                with socket.create_connection(("127.0.0.1", port)) as stranger:
-                    stranger.sendall(words)
-                    with contextlib.suppress(ConnectionResetError):
-                        assert stranger.recv(100) == b""
-                return
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-
     words = [b"GET / HTTP/1.1\r\n\r\n", b"[]\n", json.dumps({"hello": "you"}).encode() + b"\n", b""]
-    knocking = [threading.Thread(target=knock, args=[each]) for each in words]
-    for thread in knocking:
-        thread.start()
-    run("values", only=[1, 2], wait=False)
-    assert [result.code for result in processes.wait()] == [0, 0, 0]
-    for thread in knocking:
-        thread.join()
+    with contextlib.ExitStack() as knocking:
+        strangers = [knocking.enter_context(connect(port)) for _ in words]
+        for stranger, said in zip(strangers, words, strict=True):
+            stranger.sendall(said)
+        run("values", only=[1, 2], wait=False)
+        assert [result.code for result in processes.wait()] == [0, 0, 0]
+
+
+def connect(port: int) -> socket.socket:
+    """Connect once process 0 listens."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_an_error_ends_all(run):
