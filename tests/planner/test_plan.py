@@ -203,7 +203,7 @@ def test_a_program_too_large_to_compile_is_reported(small_config):
     assert "are needed and 15.75 are there" in found.problem
     # The plan's sum is what the compiler says, which it rounds.
     assert found.total == pytest.approx(float(found.problem.split(" GiB")[0].split()[-1]) * GIB, abs=0.01 * GIB)
-    assert found.left < 0
+    assert found.left <= 0  # by less than the compiler's last digit, it may be
     assert any(line.startswith("--topology=v5e:2x2 ") for line in suggest(found))
 
 
