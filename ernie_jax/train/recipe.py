@@ -27,7 +27,7 @@ class Recipe:
       learning_rate: at the end of a linear warm-up; from there a cosine leads to `final_learning_rate`.
       bias_update_rate: step of the routers' correction bias towards equal use of the experts.
       dtype: of the computation and of the result; master weights and optimiser state are float32.
-      expert_backend: a name of ops.EXPERT_BACKENDS.
+      expert_backend: a name of ops.DIFFERENTIABLE_EXPERT_BACKENDS.
 
     Raises:
       UserError: naming the field, if a value is out of range.

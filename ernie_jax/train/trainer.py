@@ -20,7 +20,7 @@ from ernie_jax import checkpoint
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
 from ernie_jax.model import Backends, Ernie, initialize
-from ernie_jax.ops import EXPERT_BACKENDS, packed_attention
+from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, packed_attention
 from ernie_jax.paths import storage_path
 from ernie_jax.sharding import Layout, make_layout, shard_abstract, single
 from ernie_jax.train.data import Batch, TrainingData, heldout_batches, read_documents
@@ -46,8 +46,8 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, config: ModelConfig, layout: Layout):
-        if recipe.expert_backend not in EXPERT_BACKENDS:
-            raise UserError(f"recipe field expert_backend must be one of {', '.join(EXPERT_BACKENDS)}")
+        if recipe.expert_backend not in DIFFERENTIABLE_EXPERT_BACKENDS:
+            raise UserError(f"recipe field expert_backend must be one of {', '.join(DIFFERENTIABLE_EXPERT_BACKENDS)}")
         if recipe.batch_size % layout.groups:
             raise UserError(
                 f"recipe field batch_size is {recipe.batch_size}: it must be a multiple of the {layout.groups} groups "

@@ -124,9 +124,9 @@ def test_a_step_moves_biases_by_the_routers_usage_alone(recipe, config):
     np.testing.assert_allclose(bias, 1e-3 * np.sign(usage.mean() - usage), atol=1e-9)
 
 
-def test_a_step_is_the_same_in_every_layout(recipe, config):
-    recipe = dataclasses.replace(recipe, dtype="float32", batch_size=8, warmup_steps=1)
-    rng = np.random.default_rng()
+def test_a_step_is_the_same_in_every_layout(recipe, config, rng):
+    # Adam with its usual epsilon makes a whole step of the rounding noise in a gradient that should be zero.
+    recipe = dataclasses.replace(recipe, dtype="float32", batch_size=8, warmup_steps=1, adam_epsilon=1e-3)
     tokens = rng.integers(3, 320, (8, 32)).astype(np.int32)
     positions = np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32))
     batch = Batch(tokens, positions, np.zeros_like(tokens), np.roll(tokens, -1, 1))
@@ -142,7 +142,7 @@ def test_a_step_is_the_same_in_every_layout(recipe, config):
     (alone, expected), (spread, parameters) = results
     assert abs(alone - spread) < 1e-5
     for name, value in expected.items():
-        np.testing.assert_allclose(parameters[name], value, atol=2e-4, err_msg=name)  # Adam divides tiny numbers
+        np.testing.assert_allclose(parameters[name], value, atol=1e-5, err_msg=name)
 
 
 def test_batches_divide_over_the_groups(recipe, config):
@@ -156,6 +156,7 @@ def test_batches_divide_over_the_groups(recipe, config):
     [
         ({"dtype": "float8"}, "float8"),
         ({"expert_backend": "fast"}, "expert_backend must be one of"),
+        ({"expert_backend": "gmm"}, "expert_backend must be one of"),  # it has no gradient
         ({"sources": {"absent": 1}}, "absent.train.npy: no such file"),
         ({"model": "nowhere"}, "config.json: no such file"),
         ({"sequence_length": 4096}, "sequence_length is 4096"),
