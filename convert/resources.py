@@ -59,4 +59,3 @@ def explain_disk_errors(target: os.PathLike, then: str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{error.filename or target}: {error.strerror}") from None
         raise
-

@@ -260,7 +260,7 @@ def _axis_sizes(config: ModelConfig) -> dict[str, int]:
         "R": config.queries_per_kv_head,
         "U": 2,
         "V": config.vocab_size,
-        "W": config.moe_intermediate_size * config.moe_num_shared_experts,
+        "W": config.moe_shared_intermediate_size,
     }
 
 

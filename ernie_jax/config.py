@@ -113,6 +113,11 @@ class ModelConfig:
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
+    def moe_shared_intermediate_size(self) -> int:
+        """Inner width of the shared experts, which are one MLP; 0 without them."""
+        return self.moe_intermediate_size * self.moe_num_shared_experts
+
+    @property
     def head_bias(self) -> bool:
         """Whether the output head has a bias: in transformers `use_bias` gives the MoE models one, the dense none."""
         return self.use_bias and self.is_moe

@@ -26,6 +26,7 @@ from ernie_jax.errors import UserError
 _JAX_SECONDS = 60  # for jax.distributed, which starts when all are known to be there
 _NEWS_SECONDS = 3.0
 
+
 class Place(NamedTuple):
     """Where a process stands.
 

@@ -21,9 +21,9 @@ from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
 from ernie_jax.engine.engine import FinishReason, TokenEvent
 from ernie_jax.errors import UserError
-from ernie_jax.model import Ernie, initialize
+from ernie_jax.model import Ernie, abstract_model, initialize
 from ernie_jax.paths import storage_path
-from ernie_jax.sharding import Layout, make_layout, shard_abstract, shard_bytes, usable_devices
+from ernie_jax.sharding import Layout, make_layout, shard_bytes, usable_devices
 from ernie_jax.text import ChatTemplate, IncrementalDetokenizer, StopStringMatcher, Tokenizer, check_vocabulary
 
 # Text, token ids, chat messages, or {"messages": [...], "tools": [...]}.
@@ -345,7 +345,7 @@ def choose_layout(config: ModelConfig, mesh: str | None = None, sharding: str | 
 
 def _check_weights_fit(config: ModelConfig, dtype: jnp.dtype, layout: Layout, devices: Sequence[jax.Device]) -> None:
     """Refuse weights of which a device's part exceeds its free memory, where the devices tell (CPUs do not)."""
-    need = shard_bytes(shard_abstract(nnx.state(Ernie(config, dtype)), layout))
+    need = shard_bytes(nnx.state(abstract_model(config, dtype, layout)))
     for device in devices:
         stats = device.memory_stats() or {}
         free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)

@@ -32,13 +32,11 @@ MESH_AXES = ("data", "expert", "tensor")
 Table = Mapping[str, tuple[str, ...]]
 
 # Every logical axis has an entry, the empty one included: a name without one is an error, not a replicated axis.
-_REPLICATED = dict.fromkeys(
-    (
-        "vocab", "embed", "embed_pair", "kv_head", "group_head", "head_dim", "gate_up", "mlp", "expert", "expert_mlp",
-        "expert_score", "group", "page",
-    ),
-    (),
-)  # fmt: skip
+_PARAMETER_AXES = (
+    *("vocab", "embed", "embed_pair", "kv_head", "group_head", "head_dim"),
+    *("gate_up", "mlp", "expert", "expert_mlp", "expert_score"),
+)
+_REPLICATED = dict.fromkeys((*_PARAMETER_AXES, "group", "page"), ())
 _SHARDED = MappingProxyType(
     _REPLICATED
     | {
@@ -323,7 +321,7 @@ def _check_axes(asked: str, preset: str, sizes: dict[str, int], config: ModelCon
     for axis, size in sizes.items():
         if size > 1 and axis not in ("data", *axes):
             raise UserError(
-                f"{asked}: sharding {preset} has no use for a {axis} axis; its axes are {', '.join(('data', *axes))}"
+                f"{asked}: sharding {preset} has no use for the axis {axis}; its axes are {', '.join(('data', *axes))}"
             )
 
 
@@ -345,29 +343,24 @@ def _split_heads(config: ModelConfig, preset: str, sizes: dict[str, int]) -> dic
 def _misfit(config: ModelConfig, preset: str, sizes: dict[str, int]) -> str | None:
     """Say which dimension of a model does not divide over a mesh, or None."""
     table = PRESETS[preset].table
-    dimensions = [
-        ("expert", config.moe_num_experts if config.is_moe else None, "experts"),
+    dimensions = []
+    if config.is_moe:
+        dimensions += [
+            ("expert", config.moe_num_experts, "experts"),
+            ("expert_mlp", config.moe_intermediate_size, "width of an expert"),
+            ("mlp", config.moe_shared_intermediate_size, "width of the shared experts"),
+        ]
+    dimensions += [
         ("kv_head", config.num_key_value_heads, "key/value heads"),
-        ("expert_mlp", config.moe_intermediate_size if config.is_moe else None, "an expert's width of"),
-        ("mlp", config.intermediate_size, "an intermediate size of"),
-        ("mlp", shared_width(config), "a shared experts' width of"),
-        ("vocab", config.vocab_size, "a vocabulary of"),
-        ("embed", config.hidden_size, "a hidden size of"),
+        ("mlp", config.intermediate_size, "intermediate size"),
+        ("vocab", config.vocab_size, "vocabulary"),
+        ("embed", config.hidden_size, "hidden size"),
     ]
     for logical, size, what in dimensions:
         shards = math.prod(sizes[axis] for axis in table[logical])
-        if size and size % shards:
-            return (
-                f"{what} {size:,} does not divide by {shards}"
-                if what.endswith("of")
-                else (f"{size} {what} do not divide by {shards}")
-            )
+        if size % shards:
+            return f"the model's {what} ({size:,}) cannot be split {shards} ways"
     return None
-
-
-def shared_width(config: ModelConfig) -> int:
-    """Return the inner width of the shared experts, 0 if the model has none."""
-    return config.moe_intermediate_size * config.moe_num_shared_experts if config.is_moe else 0
 
 
 def _fits(config: ModelConfig, preset: str, count: int) -> bool:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from flax import nnx
 
 from ernie_jax import checkpoint
 from ernie_jax.errors import UserError
-from ernie_jax.sharding import single
+from ernie_jax.sharding import make_layout, single
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,21 @@ def test_round_trip_is_exact(saved, tiny_model):
     for name, value in leaves(tiny_model).items():
         assert restored[name].dtype == value.dtype
         np.testing.assert_array_equal(restored[name], value, err_msg=name)
+
+
+def test_written_on_one_mesh_read_on_any_other(saved, tiny_model, tiny_config, tmp_path):
+    wishes = [(8, "expert"), (8, "tensor"), (4, "expert+data"), (8, "exchange"), (8, "fsdp"), (1, "single")]
+    layouts = [make_layout(tiny_config, jax.devices()[:count], preset=preset) for count, preset in wishes]
+    source = saved
+    for number, layout in enumerate(layouts):
+        model = checkpoint.restore(source, layout)
+        placed = leaves(model)
+        for name, value in leaves(tiny_model).items():
+            np.testing.assert_array_equal(placed[name], value, err_msg=f"{layout.preset}: {name}")
+        embed = placed["embed.weight"]
+        assert embed.sharding.is_equivalent_to(layout.sharding(("vocab", "embed")), 2)
+        source = tmp_path / str(number)
+        checkpoint.save(source, model, {"config.json": (saved / "config.json").read_bytes()}, "a test")
 
 
 def test_restore_in_groups(saved, tiny_model, monkeypatch):

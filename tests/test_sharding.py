@@ -85,9 +85,9 @@ def test_every_array_is_split_over_every_device(config):
         (8, "", None, "no axis ''"),
         (8, None, "pipeline", "--sharding=pipeline: unknown; choose one of single, expert"),
         (8, "expert:8", "single", "not one device"),
-        (8, "tensor:8", "expert", "expert has no use for a tensor axis; its axes are data, expert"),
-        (6, None, "expert", "64 experts do not divide by 6; expert works on 1, 2, 4, 8 devices"),
-        (3, None, "tensor", "64 experts do not divide by 3; tensor works on 1, 2, 4 devices"),
+        (8, "tensor:8", "expert", "expert has no use for the axis tensor; its axes are data, expert"),
+        (6, None, "expert", "the model's experts (64) cannot be split 6 ways; expert works on 1, 2, 4, 8 devices"),
+        (3, None, "tensor", "the model's experts (64) cannot be split 3 ways; tensor works on 1, 2, 4 devices"),
     ],
 )
 def test_refused(config, count, mesh, preset, message):
@@ -98,7 +98,7 @@ def test_refused(config, count, mesh, preset, message):
 
 def test_the_vocabulary_must_divide(config):
     odd = dataclasses.replace(config, vocab_size=103423)
-    with pytest.raises(UserError, match="a vocabulary of 103,423 does not divide by 8; expert works on 1 devices"):
+    with pytest.raises(UserError, match=r"vocabulary \(103,423\) cannot be split 8 ways; expert works on 1 devices"):
         make_layout(odd, jax.devices(), preset="expert")
 
 

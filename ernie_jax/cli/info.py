@@ -12,7 +12,6 @@ from ernie_jax.chips import CHIPS
 from ernie_jax.cli import models
 from ernie_jax.cli.command import Command, require
 from ernie_jax.config import ModelConfig
-from ernie_jax.errors import UserError
 
 _USED = 0.95  # of a device's memory for weights and cache; the rest stays free for temporaries
 _GROUPS = (
@@ -45,7 +44,7 @@ def _info(values: flags.FlagValues) -> None:
     from ernie_jax.model import parameter_specs
 
     require(values, "model")
-    config, stored, source = read_model(values.model, values.revision)
+    config, stored, source = models.read_model(values.model, values.revision)
     dtype = parse_dtype(values.dtype or stored)
     print(f"{values.model} ({source})\n")
     for field in dataclasses.fields(config):
@@ -63,35 +62,16 @@ def _info(values: flags.FlagValues) -> None:
     print(f"  {'total':<26}{sum(math.prod(s.shape) for s in specs.values()):>18,}{total:>18,}")
     print(f"  {'read for one token':<26}{_active(config, specs):>18,}")
     per_token = bytes_per_token(config, dtype)
-    print(f"\n  KV cache: {per_token:,} bytes a token, {per_token * config.max_position_embeddings / 1e9:.2f} GB for "
-          f"{config.max_position_embeddings:,} tokens")
+    print(
+        f"\n  KV cache: {per_token:,} bytes a token, {per_token * config.max_position_embeddings / 1e9:.2f} GB for "
+        f"{config.max_position_embeddings:,} tokens"
+    )
     print(f"\n  {'chip':<18}{'fewest':>8}{'tokens of KV cache left':>28}   ({dtype.name} weights, evenly spread)")
     for chip in CHIPS.values():
         memory = _USED * chip.devices * chip.device_memory
         chips = 1 << max(0, math.ceil(math.log2(total / memory)))
         print(f"  {chip.title:<18}{chips:>8}{int((chips * memory - total) // per_token):>28,}")
     print("\n  `main.py plan` answers for one slice or host in detail")
-
-
-def read_model(model: str, revision: str | None) -> tuple[ModelConfig, str, str]:
-    """Return the config, the stored dtype, and what kind of thing --model is; reads no weights.
-
-    Raises:
-      UserError: if it is no preset, checkpoint or Hugging Face model.
-    """
-    from convert.source import Source
-    from ernie_jax.checkpoint import is_checkpoint, read_config, read_manifest
-
-    if model in models.presets():
-        return ModelConfig.from_file(models.presets()[model]), "bfloat16", "preset"
-    if is_checkpoint(model):
-        return read_config(model), read_manifest(model)["dtype"], "converted checkpoint"
-    source = Source(model, revision)
-    if "config.json" not in source.files():
-        raise UserError(f"--model={model}: not a model directory (no manifest.json, no config.json)")
-    fields = source.read_json("config.json")
-    config = ModelConfig.from_hf(fields, f"{model}/config.json")
-    return config, fields.get("dtype") or fields.get("torch_dtype") or "bfloat16", "Hugging Face model"
 
 
 def _active(config: ModelConfig, specs: dict) -> int:

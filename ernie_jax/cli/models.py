@@ -75,8 +75,12 @@ def define_model_flags(values: flags.FlagValues) -> None:
     define_layout_flags(values)
 
 
-def define_layout_flags(values: flags.FlagValues) -> None:
-    """Define the flags that spread a model over devices."""
+def define_layout_flags(values: flags.FlagValues, default: str = "by the model and the devices") -> None:
+    """Define the flags that spread a model over devices.
+
+    Args:
+      default: what happens without them, for the help text.
+    """
     flags.DEFINE_string(
         "mesh",
         None,
@@ -86,7 +90,7 @@ def define_layout_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "sharding",
         None,
-        "single, expert, expert+tensor, expert+data, exchange, tensor or fsdp; default: by the model and the devices",
+        f"single, expert, expert+tensor, expert+data, exchange, tensor or fsdp; default: {default}",
         flag_values=values,
     )
 
@@ -142,6 +146,27 @@ def load(values: flags.FlagValues, **options):
         llm = LLM.load(directory, values.dtype, progress=distributed.is_primary(), **options)
     distributed.say(llm.describe())
     return llm
+
+
+def read_model(model: str, revision: str | None) -> tuple[ModelConfig, str, str]:
+    """Return the config, the stored dtype, and what kind of thing --model is; reads no weights.
+
+    Raises:
+      UserError: if it is no preset, checkpoint or Hugging Face model.
+    """
+    from convert.source import Source
+    from ernie_jax.checkpoint import is_checkpoint, read_config, read_manifest
+
+    if model in presets():
+        return ModelConfig.from_file(presets()[model]), "bfloat16", "preset"
+    if is_checkpoint(model):
+        return read_config(model), read_manifest(model)["dtype"], "converted checkpoint"
+    source = Source(model, revision)
+    if "config.json" not in source.files():
+        raise UserError(f"--model={model}: not a model directory (no manifest.json, no config.json)")
+    fields = source.read_json("config.json")
+    config = ModelConfig.from_hf(fields, f"{model}/config.json")
+    return config, fields.get("dtype") or fields.get("torch_dtype") or "bfloat16", "Hugging Face model"
 
 
 def checkpoint_directory(model: str, revision: str | None = None) -> str:

@@ -11,7 +11,6 @@ from absl import flags
 
 from ernie_jax.cli import models
 from ernie_jax.cli.command import Command, require
-from ernie_jax.cli.info import read_model
 
 _CONTEXT = 8192
 
@@ -53,7 +52,7 @@ def _plan(values: flags.FlagValues) -> None:
     from ernie_jax.planner.topology import parse_topology
 
     topology = parse_topology(values.topology)
-    config, stored, _ = read_model(values.model, values.revision)
+    config, stored, _ = models.read_model(values.model, values.revision)
     request = Request(
         config,
         topology,

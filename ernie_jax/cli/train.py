@@ -11,7 +11,7 @@ from ernie_jax.cli.command import Command, require
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "the recipe, a TOML file of configs/", flag_values=values)
     flags.DEFINE_multi_string("set", [], "name=value: override a recipe field", flag_values=values)
-    models.define_layout_flags(values)
+    models.define_layout_flags(values, "one device")
 
 
 def _train(values: flags.FlagValues) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ernie_jax.config import ModelConfig
-from ernie_jax.engine.batching import StepShape, bucket
+from ernie_jax.engine.batching import StepShape, table_width
 from ernie_jax.engine.cache import PAGE_SIZE, abstract_pages
 from ernie_jax.engine.sampling import Features, SamplingParams, build_rows
 from ernie_jax.engine.step import DeviceStep
@@ -20,7 +20,7 @@ def decode_shape(
 ) -> StepShape:
     """Return the step in which `batch` sequences of up to `context` tokens get one token each."""
     rows = -(-batch // layout.groups)
-    pages = _table_width(config, context, page_size)
+    pages = _pages(config, context, page_size)
     return StepShape(batch, batch, rows, rows, pages, query=1)
 
 
@@ -31,7 +31,7 @@ def prefill_shape(
 
     One data group has them all: the others wait, which is what a single long prompt costs.
     """
-    return StepShape(chunk, 1, chunk, 1, _table_width(config, context, page_size), query=chunk)
+    return StepShape(chunk, 1, chunk, 1, _pages(config, context, page_size), query=chunk)
 
 
 def lower_step(
@@ -69,6 +69,6 @@ def lower_sample(config: ModelConfig, layout: Layout, dtype: jnp.dtype, rows: in
     return step.lower_sample(logits, *places, features=Features(), valid_vocab=config.vocab_size)
 
 
-def _table_width(config: ModelConfig, context: int, page_size: int) -> int:
+def _pages(config: ModelConfig, context: int, page_size: int) -> int:
     most = -(-config.max_position_embeddings // page_size)
-    return bucket(-(-context // page_size), most, least=max(1, 512 // page_size))
+    return table_width(-(-context // page_size), most, page_size)

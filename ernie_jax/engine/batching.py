@@ -82,6 +82,11 @@ def bucket(count: int, most: int, factor: int = 4, least: int = 1) -> int:
     return min(size, most)
 
 
+def table_width(needed: int, max_pages: int, page_size: int) -> int:
+    """Return the static width of a page table for rows of up to `needed` pages."""
+    return bucket(needed, max_pages, least=max(1, 512 // page_size))
+
+
 def build_step(
     runs: Sequence[Sequence[Run]], *, tokens: int, rows: int, page_size: int, max_pages: int, scratch_page: int
 ) -> Step:
@@ -97,7 +102,7 @@ def build_step(
     group_tokens = _share(tokens, len(runs), max(counts))
     group_rows = _share(rows, len(runs), max(len(group) for group in runs))
     needed = max(-(-(run.start + len(run.tokens)) // page_size) for group in runs for run in group)
-    pages = bucket(needed, max_pages, least=max(1, 512 // page_size))
+    pages = table_width(needed, max_pages, page_size)
     query = group_tokens if group_rows == 1 else bucket(max(lengths), group_tokens, factor=8)
     ids = np.zeros(tokens, np.int32)
     ids[: sum(lengths)] = [token for group in runs for run in group for token in run.tokens]

@@ -137,6 +137,10 @@ class Engine:
         if not PRESETS[layout.preset].serves:
             raise UserError(f"--sharding={layout.preset} is for training; choose another to generate")
         options = options or EngineOptions()
+        backends = options.expert_backend, options.attention_backend, options.exchange_backend
+        for backend in backends:
+            if backend in _PLATFORMS and layout.platform not in _PLATFORMS[backend]:
+                raise UserError(f"ops: backend {backend} does not run on a {layout.platform}; leave it out")
         if options.prefill_chunk is None:
             options = dataclasses.replace(options, prefill_chunk=default_prefill_chunk(layout.platform))
         self.options = options
@@ -153,10 +157,6 @@ class Engine:
         self._max_pages = -(-self.config.max_position_embeddings // options.page_size)
         self._pages = cache.make_pages(self.config, self.dtype, self._group_pages, options.page_size, layout)
         self._pools = cache.PagePools(self._groups, self._group_pages - 1)
-        backends = options.expert_backend, options.attention_backend, options.exchange_backend
-        for backend in backends:
-            if backend in _PLATFORMS and layout.platform not in _PLATFORMS[backend]:
-                raise UserError(f"ops: backend {backend} does not run on a {layout.platform}; leave it out")
         self._step = DeviceStep(model, layout, *backends)
         self._last_tokens = layout.put(np.zeros(options.max_sequences, np.int32))
         self._put = layout.put

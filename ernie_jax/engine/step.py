@@ -17,7 +17,13 @@ from ernie_jax.engine.batching import Step, StepShape, pack, packed_sizes, unpac
 from ernie_jax.engine.cache import PAGE_AXES
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, record_tokens, sample, write_rows
 from ernie_jax.model import Backends, Ernie, GroupRows
-from ernie_jax.ops import default_attention_backend, default_exchange_backend, packed_attention, paged_attention
+from ernie_jax.ops import (
+    check_attention_backend,
+    default_attention_backend,
+    default_exchange_backend,
+    packed_attention,
+    paged_attention,
+)
 from ernie_jax.sharding import Layout
 
 _BATCH_AXES = ("group", None)
@@ -40,14 +46,18 @@ class DeviceStep:
         """Prepare the steps of a model whose weights lie as `layout` says; abstract weights allow `lower` only.
 
         Backends are names of ops' tables; None chooses by platform, that of the experts also by the number of tokens.
+
+        Raises:
+          UserError: if the attention backend does not take the model's heads.
         """
         config, platform = model.config, layout.platform
         kv_heads = config.num_key_value_heads // layout.size("kv_head")
-        self.attention_backend = attention_backend or default_attention_backend(
-            platform, config.head_dim, model.embed.weight.dtype, kv_heads
-        )
+        heads = config.head_dim, model.embed.weight.dtype, kv_heads
+        self.attention_backend = attention_backend or default_attention_backend(platform, *heads)
+        check_attention_backend(self.attention_backend, *heads)
         self.backends = Backends(expert_backend, exchange_backend or default_exchange_backend(platform), platform)
-        self.exchanges = layout.shard().exchanges
+        shard = layout.shard()
+        self.exchanges = shard.exchanges
         graphdef, state = nnx.split(model)
         self._leaves, treedef = jax.tree.flatten(state)
         self._layout = layout
@@ -55,7 +65,6 @@ class DeviceStep:
         specs = [layout.spec(variable.get_metadata("axes")) for variable in variables]
         page_spec = [layout.spec(PAGE_AXES)] * config.num_hidden_layers
         everywhere = layout.spec(())
-        shard = layout.shard()
         self.traces = 0  # how often a step was compiled: tests hold it to the number of shapes
 
         def run(leaves, pages, last_tokens, packed, shape):

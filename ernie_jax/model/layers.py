@@ -233,7 +233,7 @@ class MoE(nnx.Module):
         self.router = Router(config)
         self.experts = Experts(config, dtype)
         if config.moe_num_shared_experts:
-            self.shared = MLP(config, config.moe_intermediate_size * config.moe_num_shared_experts, dtype)
+            self.shared = MLP(config, config.moe_shared_intermediate_size, dtype)
 
     def __call__(
         self,
@@ -252,7 +252,7 @@ class MoE(nnx.Module):
             routing = self.router(tokens)
         with jax.named_scope("experts"):
             experts = routing.experts
-            if live is not None and len(tokens) > 1:
+            if live is not None and len(tokens) > 1:  # a single token is no padding
                 experts = jnp.where(jnp.arange(len(tokens))[:, None] < live, experts, self.experts.count)
             y = self.experts(tokens, experts, routing.weights, shard, backends)
         if hasattr(self, "shared"):

@@ -3,6 +3,7 @@
 from ernie_jax.ops.attention import (
     ATTENTION_BACKENDS,
     RaggedBatch,
+    check_attention_backend,
     default_attention_backend,
     packed_attention,
     paged_attention,
@@ -18,6 +19,7 @@ __all__ = [
     "EXCHANGE_BACKENDS",
     "EXPERT_BACKENDS",
     "RaggedBatch",
+    "check_attention_backend",
     "default_attention_backend",
     "default_exchange_backend",
     "default_expert_backend",

@@ -81,6 +81,16 @@ def default_attention_backend(platform: str, head_dim: int, dtype: jnp.dtype, kv
     return "rpa" if platform == "tpu" and _rpa_problem(head_dim, dtype, kv_heads) is None else "xla"
 
 
+def check_attention_backend(backend: str, head_dim: int, dtype: jnp.dtype, kv_heads: int) -> None:
+    """Check that a backend takes a model's heads; arguments as in `default_attention_backend`.
+
+    Raises:
+      UserError: if it does not.
+    """
+    if backend == "rpa" and (problem := _rpa_problem(head_dim, dtype, kv_heads)):
+        raise UserError(f"attention backend rpa {problem}; use attention backend xla")
+
+
 def _write(k, v, pages, batch):
     """Scatter the new keys and values [T, K, H] into pages, in place if those are donated."""
     page_size = pages.shape[1]
@@ -146,8 +156,7 @@ def _attend_pages(q, pages, table, positions, lengths):
 def _rpa(q, pages, batch):
     """JAX's TPU kernel: a block of queries at a time over those of a sequence's pages that are in use."""
     tokens, kv_heads, group, head_dim = q.shape
-    if problem := _rpa_problem(head_dim, pages.dtype, kv_heads):
-        raise UserError(f"attention backend rpa {problem}; use attention backend xla")
+    check_attention_backend("rpa", head_dim, pages.dtype, kv_heads)
     _, page_size, _, _ = pages.shape
     sequences, width = batch.page_table.shape
     # Up to 1,024 cached positions at a time: two such buffers, and the scores of 32 queries of a key/value head, stay

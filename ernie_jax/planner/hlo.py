@@ -13,8 +13,10 @@ _BITS = {"pred": 8, "token": 0}  # the other types end in their width: bf16, s4,
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"(ROOT )?%([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
-_CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations|(?:true|false)_computation)="
-                     r"(\{[^}]*\}|%[\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|called_computations|branch_computations|(?:true|false)_computation)="
+    r"(\{[^}]*\}|%[\w.\-]+)"
+)
 _NAME = re.compile(r"%([\w.\-]+)")
 
 

@@ -42,16 +42,20 @@ def compare(plans: dict[str, Plan | str], best: str) -> str:
             notes.append(f"  {name}: {plan}")
             continue
         sizes = [_gib(size) for size in (plan.weights, plan.cache, plan.temporaries, plan.left)]
-        times = [f"{1e3 * getattr(plan, step).roofline.seconds:.3g} {getattr(plan, step).roofline.bound}"
-                 for step in _STEPS]
+        times = [
+            f"{1e3 * getattr(plan, step).roofline.seconds:.3g} {getattr(plan, step).roofline.bound}" for step in _STEPS
+        ]
         fits = "yes" if plan.fits else "no"
         rows.append((name + (" *" if name == best else ""), fits, *sizes, f"{plan.cache_tokens:,}", *times))
         if plan.problem:
             notes.append(f"  {name}: {plan.problem}")
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = [
-        "  " + "  ".join(f"{cell:<{width}}" if column < 2 else f"{cell:>{width}}"
-                         for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  "
+        + "  ".join(
+            f"{cell:<{width}}" if column < 2 else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]
     return "\n".join(["all shardings; memory in GiB, as above; * the one above", *lines, *notes])

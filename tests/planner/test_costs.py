@@ -67,9 +67,7 @@ def test_experts_over_four_devices(tiny_config):
     assert cost.weights == pytest.approx(2 * local + 4 * 2 * (ROUTER + 8))
     assert cost.cache == (300 + 3) * 384 / 2
     everywhere = (DENSE + 2 * (SHARED + EXPERTS / 4) + EMBEDDING) / 4 + 2 * ROUTER
-    assert cost.flops == pytest.approx(
-        5 * 2 * everywhere + 3 * 2 * 3 * ATTENTION / 2 + 300 * 3 * 2 * 2 * 8 * 16 / 2
-    )
+    assert cost.flops == pytest.approx(5 * 2 * everywhere + 3 * 2 * 3 * ATTENTION / 2 + 300 * 3 * 2 * 2 * 8 * 16 / 2)
     # The embedding and two sums a layer, of 5 tokens of width 64.
     assert step_collectives(tiny_config, BF16, layout, load, "gpu") == [Collective("all-reduce", 5 * 64 * 2, 7, 4)]
 

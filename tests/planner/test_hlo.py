@@ -180,9 +180,7 @@ def test_wrapped_collectives_are_found_once():
     }
 
 
-@pytest.mark.parametrize(
-    ("start", "limit", "step", "turns"), [(0, 5, 1, 5), (2, 9, 1, 7), (0, 10, 4, 3), (7, 7, 1, 0)]
-)
+@pytest.mark.parametrize(("start", "limit", "step", "turns"), [(0, 5, 1, 5), (2, 9, 1, 7), (0, 10, 4, 3), (7, 7, 1, 0)])
 @pytest.mark.parametrize("carried", [False, True], ids=["limit in the condition", "limit carried"])
 def test_the_turns_of_a_loop_without_a_note(start, limit, step, turns, carried):
     """libtpu drops the known trip count: it is read from the counter."""

@@ -77,7 +77,7 @@ def test_one_device_has_one_preset(large):
 def test_presets_that_do_not_divide_come_with_the_reason(large):
     every = estimate_all(request_for(large, "h100:7"))
     assert all(isinstance(reason, str) for reason in every.values())
-    assert "64 experts do not divide by 7" in every["expert"]
+    assert "the model's experts (64) cannot be split 7 ways" in every["expert"]
 
 
 def test_what_would_fit(large):
