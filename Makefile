@@ -5,8 +5,9 @@ WORKERS ?= 2
 
 .PHONY: demo test parity lint setup
 
+# On the CPU: with libtpu there, which the tests compile with, JAX would look for a TPU first and complain.
 demo: setup
-	$(PYTHON) main.py demo
+	JAX_PLATFORMS=cpu $(PYTHON) main.py demo
 
 test: setup lint
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
