@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pathlib
 
 from etils import epath
 
@@ -26,3 +27,8 @@ def storage_path(path: str | os.PathLike) -> epath.Path:
 def is_local(path: str | os.PathLike) -> bool:
     """Tell whether a path is on this machine's own file system."""
     return "://" not in str(path)
+
+
+def cache_directory() -> pathlib.Path:
+    """Return where converted models, compiled programs and kernels are kept: $ERNIE_JAX_CACHE or ~/.cache/ernie_jax."""
+    return pathlib.Path(os.environ.get("ERNIE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "ernie_jax")

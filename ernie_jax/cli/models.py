@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import zlib
 
@@ -16,7 +15,7 @@ from ernie_jax import distributed
 from ernie_jax.cli.command import require
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
-from ernie_jax.paths import storage_path
+from ernie_jax.paths import cache_directory, storage_path
 
 _PACKAGE = pathlib.Path(__file__).parent.parent
 _SAMPLING = {
@@ -45,11 +44,6 @@ def presets() -> dict[str, pathlib.Path]:
 def embedded_model() -> pathlib.Path:
     """Return the directory of the small model that comes with the project, in Hugging Face format."""
     return data_directory("embedded", "models/ernie-embedded")
-
-
-def cache_directory() -> pathlib.Path:
-    """Return where converted models and compiled programs are kept: $ERNIE_JAX_CACHE or ~/.cache/ernie_jax."""
-    return pathlib.Path(os.environ.get("ERNIE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "ernie_jax")
 
 
 def define_model_flags(values: flags.FlagValues) -> None:

@@ -1,0 +1,316 @@
+// The MLP of the chosen experts, and of the shared ones beside them, for up to some hundreds of tokens: each chosen
+// expert's weights are read once.
+//
+// Three stages. `plan` sorts the pairs of a token and one of its experts. `up` computes every pair's hidden row, scaled
+// by its router weight. `down` sums them: for few tokens a block keeps all tokens' sums of a few output columns while it
+// walks through all experts; for more, each pair's row goes to memory and `combine` adds up those of a token.
+#include "stream.cuh"
+
+namespace ernie {
+namespace {
+
+constexpr int kMaxExperts = 256;
+
+// What `plan` finds out, as int32 in one buffer.
+struct Plan {
+  int* count;    // [1] chosen experts that are here
+  int* experts;  // [E] their ids
+  int* starts;   // [E + 1] of each expert, by id, the first pair in `pairs`
+  int* pairs;    // [T k] pairs (token * k + slot) by expert
+  int* inverse;  // [E, T] the pair of an expert and a token, or -1; only where `down` walks
+
+  __host__ __device__ Plan(int* p, int experts_here, int pairs_all)
+      : count(p), experts(p + 1), starts(p + 1 + experts_here), pairs(p + 2 + 2 * experts_here),
+        inverse(p + 2 + 2 * experts_here + pairs_all) {}
+};
+
+__global__ void __launch_bounds__(1024) plan_kernel(const int* __restrict__ chosen, const int* __restrict__ first,
+                                                    Plan plan, int tokens, int k, int experts, bool walks) {
+  __shared__ int sizes[kMaxExperts + 1];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, pairs = tokens * k;
+  const int base = *first;
+  for (int e = warp; e < experts; e += warps) {
+    int size = 0;
+    for (int p = lane; p < (pairs + 31) / 32 * 32; p += 32)
+      size += __popc(__ballot_sync(~0u, p < pairs && chosen[p] - base == e));
+    if (lane == 0) sizes[e] = size;
+  }
+  if (walks)
+    for (int i = threadIdx.x; i < experts * tokens; i += blockDim.x) plan.inverse[i] = -1;
+  __syncthreads();
+  if (warp == 0) {
+    int start = 0, live = 0;
+    for (int at = 0; at < experts; at += 32) {
+      const int e = at + lane, size = e < experts ? sizes[e] : 0;
+      int sum = size;
+      for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += other;
+      }
+      const unsigned used = __ballot_sync(~0u, size > 0);
+      if (size > 0) plan.experts[live + __popc(used & ((1u << lane) - 1))] = e;
+      if (e < experts) plan.starts[e] = sizes[e] = start + sum - size;
+      start += __shfl_sync(~0u, sum, 31);
+      live += __popc(used);
+    }
+    if (lane == 0) {
+      *plan.count = live;
+      plan.starts[experts] = start;
+    }
+  }
+  __syncthreads();
+  for (int e = warp; e < experts; e += warps) {
+    int at = sizes[e];
+    for (int p = lane; p < (pairs + 31) / 32 * 32; p += 32) {
+      const bool mine = p < pairs && chosen[p] - base == e;
+      const unsigned all = __ballot_sync(~0u, mine);
+      if (mine) {
+        plan.pairs[at + __popc(all & ((1u << lane) - 1))] = p;
+        if (walks) plan.inverse[e * tokens + p / k] = p;
+      }
+      at += __popc(all);
+    }
+  }
+}
+
+struct Sizes {
+  int tokens, k, experts, width, inner, shared;  // T, k, E, D, F, and the shared experts' F or 0
+};
+
+// hidden[pair, F] = weight * swiglu(x gate^T, x up^T); a block computes 8 NP columns of one expert's pairs.
+template <int NP, int MT, int U>
+__global__ void __launch_bounds__(kThreads)
+    up_kernel(const bf16* __restrict__ x, const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
+              const bf16* __restrict__ shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
+              Plan plan, Sizes z) {
+  constexpr int NT = 2 * NP;
+  __shared__ Partials<NT> partial;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
+  const int steps = z.width / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
+  const int shared_tiles = z.shared / (8 * NP), tiles = z.inner / (8 * NP);
+  const bool shared = blockIdx.x < shared_tiles;
+  int inner = z.shared, rows = z.tokens, column = blockIdx.x * 8 * NP;
+  const int* pairs = nullptr;
+  const bf16* matrix = shared_gate_up;
+  if (!shared) {
+    const int group = (blockIdx.x - shared_tiles) / tiles;
+    if (group >= *plan.count) return;
+    const int expert = plan.experts[group];
+    pairs = plan.pairs + plan.starts[expert];
+    rows = plan.starts[expert + 1] - plan.starts[expert];
+    inner = z.inner;
+    column = (blockIdx.x - shared_tiles) % tiles * 8 * NP;
+    matrix = gate_up + (int64_t)expert * 2 * z.inner * z.width;
+  }
+  const bf16* w[NT];
+#pragma unroll
+  for (int i = 0; i < NP; ++i) {
+    w[i] = matrix + (int64_t)(column + 8 * i + row) * z.width + offset;
+    w[NP + i] = w[i] + (int64_t)inner * z.width;
+  }
+  for (int from = 0; from < rows; from += 16 * MT) {
+    const bf16* lines[MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int r = from + 16 * m + 8 * h + row;
+        lines[m][h] = r < rows ? x + (int64_t)(shared ? r : pairs[r] / z.k) * z.width + offset : nullptr;
+      }
+    float acc[MT][NT][4] = {};
+    accumulate<NT, MT, U>(acc, w, lines, steps);
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      if (from + 16 * m >= rows) break;
+      reduce<NT>(partial, acc[m], 8 * NP, [&](int r, int c, auto sum) {
+        r += from + 16 * m;
+        if (r >= rows) return;
+        const float value = swiglu(sum(c), sum(8 * NP + c));
+        if (shared)
+          shared_hidden[(int64_t)r * inner + column + c] = __float2bfloat16(value);
+        else
+          hidden[(int64_t)pairs[r] * inner + column + c] =
+              __float2bfloat16(value * __bfloat162float(weights[pairs[r]]));
+      });
+    }
+  }
+}
+
+// out[t, D] = sum over its pairs of hidden down^T, plus the shared experts'. A block has 8 NT columns of all tokens; its
+// warps take turns at pieces of 256 of K, over all experts.
+template <int NT, int MT>
+__global__ void __launch_bounds__(kThreads)
+    walk_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ shared_hidden, const bf16* __restrict__ down,
+                const bf16* __restrict__ shared_down, bf16* __restrict__ out, Plan plan, Sizes z) {
+  __shared__ Partials<NT> partial;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, piece_at = lane % 4 * 8;
+  const int column = blockIdx.x * 8 * NT;
+  const int own = *plan.count * (z.inner / 256), all = own + z.shared / 256;
+  float acc[MT][NT][4] = {};
+  for (int piece = warp; piece < all; piece += kWarps) {
+    const bool shared = piece >= own;
+    const int expert = shared ? 0 : plan.experts[piece / (z.inner / 256)];
+    const int inner = shared ? z.shared : z.inner;
+    const int at = (shared ? piece - own : piece % (z.inner / 256)) * 256 + piece_at;
+    const bf16* matrix = shared ? shared_down : down + (int64_t)expert * z.width * z.inner;
+    const bf16* w[NT];
+    const bf16* lines[MT][2];
+#pragma unroll
+    for (int i = 0; i < NT; ++i) w[i] = matrix + (int64_t)(column + 8 * i + row) * inner + at;
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int t = 16 * m + 8 * h + row;
+        const int pair = t >= z.tokens ? -1 : shared ? t : plan.inverse[expert * z.tokens + t];
+        lines[m][h] = pair < 0 ? nullptr : (shared ? shared_hidden : hidden) + (int64_t)pair * inner + at;
+      }
+    accumulate<NT, MT, 8>(acc, w, lines, 8);
+  }
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+    if (16 * m >= z.tokens) break;
+    reduce<NT>(partial, acc[m], 8 * NT, [&](int r, int c, auto sum) {
+      r += 16 * m;
+      if (r < z.tokens) out[(int64_t)r * z.width + column + c] = __float2bfloat16(sum(c));
+    });
+  }
+}
+
+// rows[pair, D] = hidden[pair] down^T; a block computes 8 NT columns of one expert's pairs.
+template <int NT, int MT, int U>
+__global__ void __launch_bounds__(kThreads) down_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ down,
+                                                        float* __restrict__ out, Plan plan, Sizes z) {
+  __shared__ Partials<NT> partial;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
+  const int steps = z.inner / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
+  const int tiles = z.width / (8 * NT), group = blockIdx.x / tiles, column = blockIdx.x % tiles * 8 * NT;
+  if (group >= *plan.count) return;
+  const int expert = plan.experts[group];
+  const int* pairs = plan.pairs + plan.starts[expert];
+  const int rows = plan.starts[expert + 1] - plan.starts[expert];
+  const bf16* w[NT];
+#pragma unroll
+  for (int i = 0; i < NT; ++i)
+    w[i] = down + (int64_t)expert * z.width * z.inner + (int64_t)(column + 8 * i + row) * z.inner + offset;
+  for (int from = 0; from < rows; from += 16 * MT) {
+    const bf16* lines[MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int r = from + 16 * m + 8 * h + row;
+        lines[m][h] = r < rows ? hidden + (int64_t)pairs[r] * z.inner + offset : nullptr;
+      }
+    float acc[MT][NT][4] = {};
+    accumulate<NT, MT, U>(acc, w, lines, steps);
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      if (from + 16 * m >= rows) break;
+      reduce<NT>(partial, acc[m], 8 * NT, [&](int r, int c, auto sum) {
+        r += from + 16 * m;
+        if (r < rows) out[(int64_t)pairs[r] * z.width + column + c] = sum(c);
+      });
+    }
+  }
+}
+
+// out[t] = the sum of the rows of t's pairs that are here.
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const float* __restrict__ rows, const int* __restrict__ chosen, const int* __restrict__ first,
+                   bf16* __restrict__ out, Sizes z) {
+  const int t = blockIdx.y, column = (blockIdx.x * kThreads + threadIdx.x) * 4, base = *first;
+  if (column >= z.width) return;
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (int slot = 0; slot < z.k; ++slot) {
+    const int pair = t * z.k + slot, expert = chosen[pair] - base;
+    if (expert < 0 || expert >= z.experts) continue;
+    const float4 row = *reinterpret_cast<const float4*>(rows + (int64_t)pair * z.width + column);
+    sum.x += row.x, sum.y += row.y, sum.z += row.z, sum.w += row.w;
+  }
+  auto* to = reinterpret_cast<__nv_bfloat162*>(out + (int64_t)t * z.width + column);
+  to[0] = __floats2bfloat162_rn(sum.x, sum.y);
+  to[1] = __floats2bfloat162_rn(sum.z, sum.w);
+}
+
+constexpr int kWalks = 64;  // up to so many tokens `down` walks through the experts
+
+template <int NP, int MT, int U>
+void launch_up(cudaStream_t stream, int groups, const bf16* x, const bf16* weights, const bf16* gate_up,
+               const bf16* shared_gate_up, bf16* hidden, bf16* shared_hidden, Plan plan, Sizes z) {
+  const int blocks = z.shared / (8 * NP) + groups * (z.inner / (8 * NP));
+  up_kernel<NP, MT, U><<<blocks, kThreads, 0, stream>>>(x, weights, gate_up, shared_gate_up, hidden, shared_hidden, plan, z);
+}
+
+ffi::Error experts(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen, ffi::AnyBuffer weights,
+                   ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::AnyBuffer first, ffi::AnyBuffer shared_gate_up,
+                   ffi::AnyBuffer shared_down, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> hidden,
+                   ffi::Result<ffi::AnyBuffer> shared_hidden, ffi::Result<ffi::AnyBuffer> rows,
+                   ffi::Result<ffi::AnyBuffer> scratch) {
+  const auto shape = gate_up.dimensions();
+  const Sizes z{(int)x.dimensions()[0], (int)chosen.dimensions()[1],          (int)shape[0], (int)shape[3],
+                (int)shape[2],          (int)shared_gate_up.dimensions()[1]};
+  auto data = [](auto& buffer) { return static_cast<const bf16*>(buffer.untyped_data()); };
+  auto room = [](auto& buffer) { return static_cast<bf16*>(buffer->untyped_data()); };
+  const Plan plan(static_cast<int*>(scratch->untyped_data()), z.experts, z.tokens * z.k);
+  const auto* ids = static_cast<const int*>(chosen.untyped_data());
+  const auto* base = static_cast<const int*>(first.untyped_data());
+  const bool walks = z.tokens <= kWalks;
+  plan_kernel<<<1, 1024, 0, stream>>>(ids, base, plan, z.tokens, z.k, z.experts, walks);
+  const int groups = z.tokens * z.k < z.experts ? z.tokens * z.k : z.experts;
+  auto up = [&](auto launch) {
+    launch(stream, groups, data(x), data(weights), data(gate_up), data(shared_gate_up), room(hidden),
+           room(shared_hidden), plan, z);
+  };
+  if (z.tokens <= 16)
+    up(launch_up<1, 1, 5>);
+  else if (z.tokens <= 64)
+    up(launch_up<2, 1, 4>);
+  else if (z.tokens <= 128)
+    up(launch_up<2, 2, 3>);
+  else
+    up(launch_up<2, 4, 2>);
+  if (walks) {
+    auto walk = [&](auto kernel, int columns) {
+      kernel<<<z.width / columns, kThreads, 0, stream>>>(room(hidden), room(shared_hidden), data(down),
+                                                         data(shared_down), room(out), plan, z);
+    };
+    if (z.tokens <= 16)
+      walk(walk_kernel<1, 1>, 8);
+    else if (z.tokens <= 32)
+      walk(walk_kernel<1, 2>, 8);
+    else
+      walk(walk_kernel<1, 4>, 8);
+  } else {
+    auto* sums = static_cast<float*>(rows->untyped_data());
+    const int blocks = groups * (z.width / 32);
+    if (z.tokens <= 128)
+      down_kernel<4, 2, 3><<<blocks, kThreads, 0, stream>>>(room(hidden), data(down), sums, plan, z);
+    else
+      down_kernel<4, 4, 2><<<blocks, kThreads, 0, stream>>>(room(hidden), data(down), sums, plan, z);
+    const dim3 grid((z.width / 4 + kThreads - 1) / kThreads, z.tokens);
+    combine_kernel<<<grid, kThreads, 0, stream>>>(sums, ids, base, room(out), z);
+  }
+  return launch_status("experts");
+}
+
+}  // namespace
+}  // namespace ernie
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_experts, ernie::experts,
+                              ernie::ffi::Ffi::Bind()
+                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>(),
+                              {ernie::ffi::Traits::kCmdBufferCompatible});
