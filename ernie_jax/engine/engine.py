@@ -24,13 +24,13 @@ from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, Samp
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
-from ernie_jax.ops import ATTENTION_BACKENDS, EXCHANGE_BACKENDS, EXPERT_BACKENDS
+from ernie_jax.ops import ATTENTION_BACKENDS, EXCHANGE_BACKENDS, EXPERT_BACKENDS, LINEAR_BACKENDS
 from ernie_jax.sharding import PRESETS, Layout
 
 FinishReason = Literal["stop", "length"]
 
 # Kernels for one kind of chip; the other backends run everywhere.
-_PLATFORMS = {"rpa": ("tpu",), "gmm": ("tpu",), "ragged": ("tpu", "gpu")}
+_PLATFORMS = {"rpa": ("tpu",), "gmm": ("tpu",), "ragged": ("tpu", "gpu"), "cuda": ("gpu",)}
 _STEPS_AHEAD = 2
 _PREFILL_ROWS = 8  # of a data group
 
@@ -47,6 +47,7 @@ class EngineOptions:
       expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by platform and number of tokens.
       attention_backend: a name of ops.ATTENTION_BACKENDS; None chooses by platform.
       exchange_backend: a name of ops.EXCHANGE_BACKENDS; None chooses by platform.
+      linear_backend: a name of ops.LINEAR_BACKENDS; None chooses by platform and shape.
     """
 
     cache_tokens: int | None = None
@@ -56,13 +57,19 @@ class EngineOptions:
     expert_backend: str | None = None
     attention_backend: str | None = None
     exchange_backend: str | None = None
+    linear_backend: str | None = None
 
     def __post_init__(self):
         for name in ("cache_tokens", "max_sequences", "prefill_chunk", "page_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
-        known = {"expert": EXPERT_BACKENDS, "attention": ATTENTION_BACKENDS, "exchange": EXCHANGE_BACKENDS}
+        known = {
+            "expert": EXPERT_BACKENDS,
+            "attention": ATTENTION_BACKENDS,
+            "exchange": EXCHANGE_BACKENDS,
+            "linear": LINEAR_BACKENDS,
+        }
         for op, backends in known.items():
             backend = getattr(self, f"{op}_backend")
             if backend not in (None, *backends):
@@ -137,8 +144,9 @@ class Engine:
         if not PRESETS[layout.preset].serves:
             raise UserError(f"--sharding={layout.preset} is for training; choose another to generate")
         options = options or EngineOptions()
-        backends = options.expert_backend, options.attention_backend, options.exchange_backend
-        for backend in backends:
+        ops = ("expert", "attention", "exchange", "linear")
+        backends = {f"{op}_backend": getattr(options, f"{op}_backend") for op in ops}
+        for backend in backends.values():
             if backend in _PLATFORMS and layout.platform not in _PLATFORMS[backend]:
                 raise UserError(f"ops: backend {backend} does not run on a {layout.platform}; leave it out")
         if options.prefill_chunk is None:
@@ -157,7 +165,7 @@ class Engine:
         self._max_pages = -(-self.config.max_position_embeddings // options.page_size)
         self._pages = cache.make_pages(self.config, self.dtype, self._group_pages, options.page_size, layout)
         self._pools = cache.PagePools(self._groups, self._group_pages - 1)
-        self._step = DeviceStep(model, layout, *backends)
+        self._step = DeviceStep(model, layout, **backends)
         self._last_tokens = layout.put(np.zeros(options.max_sequences, np.int32))
         self._put = layout.put
         self._seeds = random.Random(distributed.broadcast(secrets.randbits(63)))
@@ -192,6 +200,7 @@ class Engine:
         words = [f"attention: {step.attention_backend}"]
         if self.config.is_moe:
             words.append(f"experts: {step.backends.experts or 'by tokens'}")
+        words.append(f"linear: {step.backends.linear or 'by tokens'}")
         if step.exchanges:
             words.append(f"exchange: {step.backends.exchange}")
         return " · ".join(words)

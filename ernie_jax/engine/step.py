@@ -42,6 +42,7 @@ class DeviceStep:
         expert_backend: str | None = None,
         attention_backend: str | None = None,
         exchange_backend: str | None = None,
+        linear_backend: str | None = None,
     ):
         """Prepare the steps of a model whose weights lie as `layout` says; abstract weights allow `lower` only.
 
@@ -55,7 +56,8 @@ class DeviceStep:
         heads = config.head_dim, model.embed.weight.dtype, kv_heads
         self.attention_backend = attention_backend or default_attention_backend(platform, *heads)
         check_attention_backend(self.attention_backend, *heads)
-        self.backends = Backends(expert_backend, exchange_backend or default_exchange_backend(platform), platform)
+        exchange_backend = exchange_backend or default_exchange_backend(platform)
+        self.backends = Backends(expert_backend, exchange_backend, linear_backend, platform)
         shard = layout.shard()
         self.exchanges = shard.exchanges
         graphdef, state = nnx.split(model)
@@ -92,7 +94,7 @@ class DeviceStep:
             packed = unpack(packed[0], shape)  # this shard's data group
             model, hidden, pages = run(leaves, pages, last_tokens, packed, shape)
             outputs = (
-                model.logits(hidden[packed.last]),
+                model.logits(hidden[packed.last], self.backends),
                 jnp.stack([packed.slots, packed.indices]),
                 jnp.concatenate(packed.advance())[None],
             )
@@ -101,7 +103,7 @@ class DeviceStep:
         def score(leaves, pages, packed, targets, *, shape):
             packed = unpack(packed[0], shape)
             model, hidden, pages = run(leaves, pages, jnp.zeros((1,), jnp.int32), packed, shape)
-            logits = model.logits(hidden).astype(jnp.float32)  # of this shard's slice of the vocabulary
+            logits = model.logits(hidden, self.backends).astype(jnp.float32)  # of this shard's slice of the vocabulary
             largest = shard.max(logits.max(-1), "vocab")
             total = shard.sum(jnp.exp(logits - largest[:, None]).sum(-1), "vocab")
             column = targets - shard.index("vocab") * logits.shape[1]
@@ -123,7 +125,7 @@ class DeviceStep:
                 return packed_attention(q[None], k[None], v[None], jnp.zeros((1, length), jnp.int32))[0], cache
 
             out = model(tokens, jnp.arange(length), attend, backends=self.backends, shard=shard, rows=window)
-            return model.logits(whole(out.hidden, window, length))
+            return model.logits(whole(out.hidden, window, length), self.backends)
 
         def whole(hidden, window, tokens):
             """Return the hidden states of all tokens, also where each group keeps its own."""

@@ -19,17 +19,19 @@ inline ffi::Error launch_status(const char* what) {
   return ffi::Error::Internal(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// 16 bytes that are read once: not kept in L1.
-__device__ __forceinline__ uint4 load_once(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
+// Copy 16 bytes to shared memory without waiting: not kept in L1.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
 
-// 16 bytes that other threads read too.
-__device__ __forceinline__ uint4 load_shared_by_many(const void* p) { return *reinterpret_cast<const uint4*>(p); }
+// End a group of copies; `wait_for_copies<N>` waits until at most the last N groups are still under way.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 // c[16, 8] += a[16, 16] b[16, 8], float32 accumulation.
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

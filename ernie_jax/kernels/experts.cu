@@ -78,13 +78,13 @@ struct Sizes {
 };
 
 // hidden[pair, F] = weight * swiglu(x gate^T, x up^T); a block computes 8 NP columns of one expert's pairs.
-template <int NP, int MT, int U>
+template <int NP, int MT, int STAGES>
 __global__ void __launch_bounds__(kThreads)
     up_kernel(const bf16* __restrict__ x, const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
               const bf16* __restrict__ shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
               Plan plan, Sizes z) {
   constexpr int NT = 2 * NP;
-  __shared__ Partials<NT> partial;
+  __shared__ Room<NT, STAGES> room;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
   const int steps = z.width / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
   const int shared_tiles = z.shared / (8 * NP), tiles = z.inner / (8 * NP);
@@ -117,12 +117,14 @@ __global__ void __launch_bounds__(kThreads)
         const int r = from + 16 * m + 8 * h + row;
         lines[m][h] = r < rows ? x + (int64_t)(shared ? r : pairs[r] / z.k) * z.width + offset : nullptr;
       }
+    if (from) __syncthreads();
     float acc[MT][NT][4] = {};
-    accumulate<NT, MT, U>(acc, w, lines, steps);
+    const int live = min(MT, (rows - from + 15) / 16);
+    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live);
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-      if (from + 16 * m >= rows) break;
-      reduce<NT>(partial, acc[m], 8 * NP, [&](int r, int c, auto sum) {
+      if (m >= live) break;
+      reduce(room, acc[m], 8 * NP, [&](int r, int c, auto sum) {
         r += from + 16 * m;
         if (r >= rows) return;
         const float value = swiglu(sum(c), sum(8 * NP + c));
@@ -136,41 +138,70 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// out[t, D] = sum over its pairs of hidden down^T, plus the shared experts'. A block has 8 NT columns of all tokens; its
+// out[t, D] = sum over its pairs of hidden down^T, plus the shared experts'. A block has 8 columns of all tokens; its
 // warps take turns at pieces of 256 of K, over all experts.
-template <int NT, int MT>
+template <int MT>
 __global__ void __launch_bounds__(kThreads)
     walk_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ shared_hidden, const bf16* __restrict__ down,
                 const bf16* __restrict__ shared_down, bf16* __restrict__ out, Plan plan, Sizes z) {
-  __shared__ Partials<NT> partial;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, piece_at = lane % 4 * 8;
-  const int column = blockIdx.x * 8 * NT;
-  const int own = *plan.count * (z.inner / 256), all = own + z.shared / 256;
-  float acc[MT][NT][4] = {};
+  constexpr int kSteps = 8;  // of a piece
+  __shared__ Room<1, kSteps> room;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4 * 8;
+  const int column = blockIdx.x * 8, per_expert = z.inner / 256;
+  const int own = *plan.count * per_expert, all = own + z.shared / 256;
+  uint4(*ring)[1][32] = room.ring[warp];
+  auto weights = [&](int piece) {
+    if (piece >= own) return shared_down + (int64_t)(column + row) * z.shared + (piece - own) * 256 + place;
+    const int64_t expert = plan.experts[piece / per_expert];
+    return down + (expert * z.width + column + row) * z.inner + piece % per_expert * 256 + place;
+  };
+  auto line = [&](int piece, int t) -> const bf16* {
+    if (t >= z.tokens) return nullptr;
+    if (piece >= own) return shared_hidden + (int64_t)t * z.shared + (piece - own) * 256 + place;
+    const int pair = plan.inverse[plan.experts[piece / per_expert] * z.tokens + t];
+    return pair < 0 ? nullptr : hidden + (int64_t)pair * z.inner + piece % per_expert * 256 + place;
+  };
+  float acc[MT][1][4] = {};
+  if (warp < all) {
+    const bf16* w = weights(warp);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      copy_async(&ring[s][0][lane], w + 32 * s);
+      commit_copies();
+    }
+  }
   for (int piece = warp; piece < all; piece += kWarps) {
-    const bool shared = piece >= own;
-    const int expert = shared ? 0 : plan.experts[piece / (z.inner / 256)];
-    const int inner = shared ? z.shared : z.inner;
-    const int at = (shared ? piece - own : piece % (z.inner / 256)) * 256 + piece_at;
-    const bf16* matrix = shared ? shared_down : down + (int64_t)expert * z.width * z.inner;
-    const bf16* w[NT];
-    const bf16* lines[MT][2];
+    const bf16* x[MT][2];
 #pragma unroll
-    for (int i = 0; i < NT; ++i) w[i] = matrix + (int64_t)(column + 8 * i + row) * inner + at;
+    for (int m = 0; m < MT; ++m) {
+      x[m][0] = line(piece, 16 * m + row);
+      x[m][1] = line(piece, 16 * m + row + 8);
+    }
+    const bool more = piece + kWarps < all;
+    const bf16* following = more ? weights(piece + kWarps) : nullptr;
+    Lines next[MT];
 #pragma unroll
-    for (int m = 0; m < MT; ++m)
+    for (int m = 0; m < MT; ++m) next[m].load(x[m], 0);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int t = 16 * m + 8 * h + row;
-        const int pair = t >= z.tokens ? -1 : shared ? t : plan.inverse[expert * z.tokens + t];
-        lines[m][h] = pair < 0 ? nullptr : (shared ? shared_hidden : hidden) + (int64_t)pair * inner + at;
+    for (int s = 0; s < kSteps; ++s) {
+      Lines a[MT];
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        a[m] = next[m];
+        if (s + 1 < kSteps) next[m].load(x[m], 32 * (s + 1));
       }
-    accumulate<NT, MT, 8>(acc, w, lines, 8);
+      wait_for_copies<kSteps - 1>();
+      const uint4 b = ring[s][0][lane];
+#pragma unroll
+      for (int m = 0; m < MT; ++m) mma32(acc[m][0], a[m].low, a[m].high, b);
+      if (more) copy_async(&ring[s][0][lane], following + 32 * s);
+      commit_copies();
+    }
   }
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
     if (16 * m >= z.tokens) break;
-    reduce<NT>(partial, acc[m], 8 * NT, [&](int r, int c, auto sum) {
+    reduce(room, acc[m], 8, [&](int r, int c, auto sum) {
       r += 16 * m;
       if (r < z.tokens) out[(int64_t)r * z.width + column + c] = __float2bfloat16(sum(c));
     });
@@ -178,10 +209,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // rows[pair, D] = hidden[pair] down^T; a block computes 8 NT columns of one expert's pairs.
-template <int NT, int MT, int U>
+template <int NT, int MT, int STAGES>
 __global__ void __launch_bounds__(kThreads) down_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ down,
                                                         float* __restrict__ out, Plan plan, Sizes z) {
-  __shared__ Partials<NT> partial;
+  __shared__ Room<NT, STAGES> room;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
   const int steps = z.inner / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
   const int tiles = z.width / (8 * NT), group = blockIdx.x / tiles, column = blockIdx.x % tiles * 8 * NT;
@@ -202,12 +233,14 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const bf16* __restrict__
         const int r = from + 16 * m + 8 * h + row;
         lines[m][h] = r < rows ? hidden + (int64_t)pairs[r] * z.inner + offset : nullptr;
       }
+    if (from) __syncthreads();
     float acc[MT][NT][4] = {};
-    accumulate<NT, MT, U>(acc, w, lines, steps);
+    const int live = min(MT, (rows - from + 15) / 16);
+    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live);
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-      if (from + 16 * m >= rows) break;
-      reduce<NT>(partial, acc[m], 8 * NT, [&](int r, int c, auto sum) {
+      if (m >= live) break;
+      reduce(room, acc[m], 8 * NT, [&](int r, int c, auto sum) {
         r += from + 16 * m;
         if (r < rows) out[(int64_t)pairs[r] * z.width + column + c] = sum(c);
       });
@@ -235,11 +268,11 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kWalks = 64;  // up to so many tokens `down` walks through the experts
 
-template <int NP, int MT, int U>
+template <int NP, int MT, int STAGES>
 void launch_up(cudaStream_t stream, int groups, const bf16* x, const bf16* weights, const bf16* gate_up,
                const bf16* shared_gate_up, bf16* hidden, bf16* shared_hidden, Plan plan, Sizes z) {
   const int blocks = z.shared / (8 * NP) + groups * (z.inner / (8 * NP));
-  up_kernel<NP, MT, U><<<blocks, kThreads, 0, stream>>>(x, weights, gate_up, shared_gate_up, hidden, shared_hidden, plan, z);
+  up_kernel<NP, MT, STAGES><<<blocks, kThreads, 0, stream>>>(x, weights, gate_up, shared_gate_up, hidden, shared_hidden, plan, z);
 }
 
 ffi::Error experts(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen, ffi::AnyBuffer weights,
@@ -265,29 +298,23 @@ ffi::Error experts(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen,
   if (z.tokens <= 16)
     up(launch_up<1, 1, 5>);
   else if (z.tokens <= 64)
-    up(launch_up<2, 1, 4>);
-  else if (z.tokens <= 128)
-    up(launch_up<2, 2, 3>);
+    up(launch_up<2, 1, 3>);
   else
-    up(launch_up<2, 4, 2>);
+    up(launch_up<2, 2, 3>);
   if (walks) {
-    auto walk = [&](auto kernel, int columns) {
-      kernel<<<z.width / columns, kThreads, 0, stream>>>(room(hidden), room(shared_hidden), data(down),
-                                                         data(shared_down), room(out), plan, z);
+    auto walk = [&](auto kernel) {
+      kernel<<<z.width / 8, kThreads, 0, stream>>>(room(hidden), room(shared_hidden), data(down), data(shared_down),
+                                                   room(out), plan, z);
     };
     if (z.tokens <= 16)
-      walk(walk_kernel<1, 1>, 8);
+      walk(walk_kernel<1>);
     else if (z.tokens <= 32)
-      walk(walk_kernel<1, 2>, 8);
+      walk(walk_kernel<2>);
     else
-      walk(walk_kernel<1, 4>, 8);
+      walk(walk_kernel<4>);
   } else {
     auto* sums = static_cast<float*>(rows->untyped_data());
-    const int blocks = groups * (z.width / 32);
-    if (z.tokens <= 128)
-      down_kernel<4, 2, 3><<<blocks, kThreads, 0, stream>>>(room(hidden), data(down), sums, plan, z);
-    else
-      down_kernel<4, 4, 2><<<blocks, kThreads, 0, stream>>>(room(hidden), data(down), sums, plan, z);
+    down_kernel<4, 2, 3><<<groups * (z.width / 32), kThreads, 0, stream>>>(room(hidden), data(down), sums, plan, z);
     const dim3 grid((z.width / 4 + kThreads - 1) / kThreads, z.tokens);
     combine_kernel<<<grid, kThreads, 0, stream>>>(sums, ids, base, room(out), z);
   }

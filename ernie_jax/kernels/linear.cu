@@ -4,10 +4,10 @@
 namespace ernie {
 namespace {
 
-template <int NT, int U>
+template <int NT, int STAGES>
 __global__ void __launch_bounds__(kThreads) linear_kernel(const bf16* __restrict__ x, const bf16* __restrict__ w,
                                                           bf16* __restrict__ out, int tokens, int n, int k) {
-  __shared__ Partials<NT> partial;
+  __shared__ Room<NT, STAGES> room;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
   const int steps = k / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
   const int first = blockIdx.x * 8 * NT;
@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const bf16* __restrict
 #pragma unroll
   for (int h = 0; h < 2; ++h) lines[0][h] = row + 8 * h < tokens ? x + (int64_t)(row + 8 * h) * k + offset : nullptr;
   float acc[1][NT][4] = {};
-  accumulate<NT, 1, U>(acc, rows, lines, steps);
-  reduce<NT>(partial, acc[0], 8 * NT, [&](int r, int c, auto sum) {
+  accumulate<NT, 1, STAGES>(room, acc, rows, lines, steps, 1);
+  reduce(room, acc[0], 8 * NT, [&](int r, int c, auto sum) {
     if (r < tokens) out[(int64_t)r * n + first + c] = __float2bfloat16(sum(c));
   });
 }

@@ -8,47 +8,79 @@ namespace ernie {
 constexpr int kWarps = 8;  // of a block; they split K between them
 constexpr int kThreads = 32 * kWarps;
 
+// What a block of eight warps keeps in shared memory: first the weights on their way, then the warps' partial sums.
+//
+// Each lane copies the weights that it needs itself into slots of its own, so that no barrier stands between memory and
+// use; registers could not hold as much, and the compiler would move the loads next to their use.
+template <int NT, int STAGES>
+union Room {
+  uint4 ring[kWarps][STAGES][NT][32];
+  float partial[kWarps][16][8 * NT + 4];
+};
+
+// The 16 bytes of x that a lane brings to a step: row lane / 4 and the row 8 below, zero where there is none.
+struct Lines {
+  uint4 low, high;
+
+  __device__ __forceinline__ void load(const bf16* const (&x)[2], int at) {
+    low = x[0] ? *reinterpret_cast<const uint4*>(x[0] + at) : make_uint4(0, 0, 0, 0);
+    high = x[1] ? *reinterpret_cast<const uint4*>(x[1] + at) : make_uint4(0, 0, 0, 0);
+  }
+};
+
 // Add to acc[m][n] the product of 16 MT rows of x and 8 NT rows of weights over `steps` times 32 of K.
 //
 // w[n] points at this lane's place in weight row 8 n + lane / 4, x[m][h] at its place in row 16 m + 8 h + lane / 4 of x
-// or is null where there is no such row. U steps are loaded before the first is used: that many bytes are in flight.
-template <int NT, int MT, int U>
-__device__ __forceinline__ void accumulate(float (&acc)[MT][NT][4], const bf16* const (&w)[NT],
-                                           const bf16* const (&x)[MT][2], int steps) {
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-  for (int s = 0; s < steps; s += U) {
-    uint4 b[U][NT];
+// or is null where there is no such row; m-tiles from `live` on have none. STAGES steps of weights are on their way.
+template <int NT, int MT, int STAGES>
+__device__ __forceinline__ void accumulate(Room<NT, STAGES>& room, float (&acc)[MT][NT][4], const bf16* const (&w)[NT],
+                                           const bf16* const (&x)[MT][2], int steps, int live) {
+  uint4(*ring)[NT][32] = room.ring[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32;
+  auto fetch = [&](int step, int stage) {
+    if (step < steps) {
 #pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int n = 0; n < NT; ++n) b[u][n] = s + u < steps ? load_once(w[n] + (s + u) * 32) : zero;
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (s + u >= steps) break;
-#pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        const uint4 a0 = x[m][0] ? load_shared_by_many(x[m][0] + (s + u) * 32) : zero;
-        const uint4 a1 = x[m][1] ? load_shared_by_many(x[m][1] + (s + u) * 32) : zero;
-#pragma unroll
-        for (int n = 0; n < NT; ++n) mma32(acc[m][n], a0, a1, b[u][n]);
-      }
+      for (int n = 0; n < NT; ++n) copy_async(&ring[stage][n][lane], w[n] + step * 32);
     }
+    commit_copies();
+  };
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) fetch(s, s);
+  Lines next[MT];
+#pragma unroll
+  for (int m = 0; m < MT; ++m) next[m].load(x[m], 0);
+  int stage = 0;
+  for (int s = 0; s < steps; ++s) {
+    Lines a[MT];
+    const int ahead = min(s + 1, steps - 1) * 32;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      a[m] = next[m];
+      next[m].load(x[m], ahead);
+    }
+    wait_for_copies<STAGES - 1>();
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const uint4 b = ring[stage][n][lane];
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+        if (m < live) mma32(acc[m][n], a[m].low, a[m].high, b);
+    }
+    fetch(s + STAGES, stage);
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
 }
 
-// Where one m-tile's partial sums of all warps meet.
-template <int NT>
-using Partials = float[kWarps][16][8 * NT + 4];
-
-// Sum an m-tile over the warps; `use(row, column, read)` is called for 16 rows and `columns` columns, where read(c) is
-// the sum at column c of that row. All threads must call this.
-template <int NT, typename Use>
-__device__ __forceinline__ void reduce(Partials<NT>& partial, const float (&acc)[NT][4], int columns, Use use) {
+// Sum an m-tile over the warps; `use(row, column, sum)` is called for 16 rows and `columns` columns, where sum(c) is the
+// total at column c of that row. All threads must call this, after their last use of the ring.
+template <int NT, int STAGES, typename Use>
+__device__ __forceinline__ void reduce(Room<NT, STAGES>& room, const float (&acc)[NT][4], int columns, Use use) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+  __syncthreads();
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
-    *reinterpret_cast<float2*>(&partial[warp][row][8 * n + column]) = make_float2(acc[n][0], acc[n][1]);
-    *reinterpret_cast<float2*>(&partial[warp][row + 8][8 * n + column]) = make_float2(acc[n][2], acc[n][3]);
+    *reinterpret_cast<float2*>(&room.partial[warp][row][8 * n + column]) = make_float2(acc[n][0], acc[n][1]);
+    *reinterpret_cast<float2*>(&room.partial[warp][row + 8][8 * n + column]) = make_float2(acc[n][2], acc[n][3]);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < 16 * columns; i += kThreads) {
@@ -56,11 +88,10 @@ __device__ __forceinline__ void reduce(Partials<NT>& partial, const float (&acc)
     use(r, c, [&](int at) {
       float sum = 0;
 #pragma unroll
-      for (int k = 0; k < kWarps; ++k) sum += partial[k][r][at];
+      for (int k = 0; k < kWarps; ++k) sum += room.partial[k][r][at];
       return sum;
     });
   }
-  __syncthreads();
 }
 
 // silu(gate) * up with the roundings of ops.swiglu: each factor in bfloat16.

@@ -5,6 +5,7 @@ Modules declare their parameters as abstract arrays; `initialize` or a checkpoin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,16 @@ import numpy as np
 from flax import nnx
 
 from ernie_jax.config import ModelConfig
-from ernie_jax.ops import default_expert_backend, einsum, exchange_mlp, grouped_mlp, linear, swiglu
+from ernie_jax.ops import (
+    default_expert_backend,
+    default_linear_backend,
+    einsum,
+    exchange_mlp,
+    grouped_mlp,
+    linear,
+    swiglu,
+    takes_shared,
+)
 from ernie_jax.sharding import WHOLE, Shard
 
 # (layer index, q [..., K, R, H], k [..., K, H], v [..., K, H], cache) -> (out [..., K, R, H], cache)
@@ -27,14 +37,15 @@ def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype, init:
 
 
 class Backends(NamedTuple):
-    """Which backend computes the experts and which moves tokens to them; names of `ops`' tables.
+    """Which backends compute the experts and the linear layers and which moves tokens; names of `ops`' tables.
 
     Attributes:
-      experts: None chooses by `platform` and the number of tokens.
+      experts, linear: None chooses by `platform`, the number of tokens and the shapes.
     """
 
     experts: str | None = None
     exchange: str = "padded"
+    linear: str | None = None
     platform: str = "cpu"
 
 
@@ -81,15 +92,23 @@ class Linear(nnx.Module):
 
     def __init__(self, out: dict[str, int], into: dict[str, int], dtype, bias: bool = False):
         self.weight = parameter((*out.values(), *into.values()), (*out, *into), dtype)
+        self.inputs = len(into)
         if bias:
             self.bias = parameter(tuple(out.values()), tuple(out), dtype, "zeros")
 
-    def __call__(self, subscripts: str, x: jax.Array, summed_over: jax.Array | int = 0) -> jax.Array:
+    def __call__(
+        self, subscripts: str, x: jax.Array, backends: Backends = DEFAULT_BACKENDS, summed_over: jax.Array | int = 0
+    ) -> jax.Array:
         """Apply to x; of shards whose results are to be summed, that with index `summed_over` 0 adds the bias."""
-        bias = None
+        weight, bias = self.weight[...], None
         if hasattr(self, "bias"):
             bias = jnp.where(summed_over == 0, self.bias[...], 0)
-        return linear(subscripts, x, self.weight[...], bias)
+        backend = backends.linear
+        if backend is None:
+            inner = math.prod(weight.shape[-self.inputs :])
+            shape = x.size // inner, inner, weight.size // inner, weight.dtype
+            backend = default_linear_backend(backends.platform, *shape)
+        return linear(subscripts, x, weight, bias, backend)
 
 
 class RMSNorm(nnx.Module):
@@ -138,12 +157,20 @@ class Attention(nnx.Module):
         self.qkv = Linear(heads, model, dtype, config.use_bias)
         self.out = Linear(model, heads | {"group_head": group}, dtype, config.use_bias)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, attend: Attend, cache, shard: Shard = WHOLE):  # x [..., D]
+    def __call__(  # x [..., D]
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        attend: Attend,
+        cache,
+        shard: Shard = WHOLE,
+        backends: Backends = DEFAULT_BACKENDS,
+    ):
         """Return the sum over this shard's heads [..., D], and the cache."""
-        qkv = self.qkv("...d,krhd->...krh", x)
+        qkv = self.qkv("...d,krhd->...krh", x, backends)
         rotated = rotate(qkv[..., :-1, :], angles[..., None, :])  # queries and the key
         out, cache = attend(rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :], cache)
-        return self.out("...krh,dkrh->...d", out, shard.index("kv_head")), cache
+        return self.out("...krh,dkrh->...d", out, backends, shard.index("kv_head")), cache
 
 
 class MLP(nnx.Module):
@@ -153,11 +180,14 @@ class MLP(nnx.Module):
         model, inner = {"embed": config.hidden_size}, {"mlp": width}
         self.gate_up = Linear({"gate_up": 2, **inner}, model, dtype, config.use_bias)
         self.down = Linear(model, inner, dtype, config.use_bias)
+        self.biased = config.use_bias
 
-    def __call__(self, x: jax.Array, shard: Shard = WHOLE) -> jax.Array:  # [..., D]
+    def __call__(  # [..., D]
+        self, x: jax.Array, shard: Shard = WHOLE, backends: Backends = DEFAULT_BACKENDS
+    ) -> jax.Array:
         """Return the sum over this shard's part of the inner width, [..., D]."""
-        gate_up = self.gate_up("...d,xfd->...xf", x)
-        return self.down("...f,df->...d", swiglu(gate_up, axis=-2), shard.index("mlp"))
+        gate_up = self.gate_up("...d,xfd->...xf", x, backends)
+        return self.down("...f,df->...d", swiglu(gate_up, axis=-2), backends, shard.index("mlp"))
 
 
 class Routing(NamedTuple):
@@ -202,19 +232,38 @@ class Experts(nnx.Module):
         self.count = config.moe_num_experts
 
     def __call__(
-        self, x: jax.Array, experts: jax.Array, weights: jax.Array, shard: Shard, backends: Backends
+        self,
+        x: jax.Array,
+        experts: jax.Array,
+        weights: jax.Array,
+        shard: Shard,
+        backends: Backends,
+        shared: MLP | None = None,
     ) -> jax.Array:
-        """Return the weighted sum [T, D] over this shard's part of each token's experts; all of it if they exchange."""
+        """Return the weighted sum [T, D] over this shard's part of each token's experts; all of it if they exchange.
+
+        Args:
+          shared: whose output is added.
+        """
         gate_up, down = self.gate_up.weight[...], self.down.weight[...]
         local, k = gate_up.shape[0], experts.shape[-1]
         first = shard.index("expert") * local
 
-        def compute(x, experts, weights):
-            backend = backends.experts or default_expert_backend(len(x), k, backends.platform, local, self.count)
-            return grouped_mlp(x, experts, weights, gate_up, down, backend, first)
+        def choose(tokens):
+            shape = (tokens, k, backends.platform, local, self.count)
+            return backends.experts or default_expert_backend(*shape, *down.shape[1:], down.dtype)
+
+        def compute(x, experts, weights, along=None):
+            return grouped_mlp(x, experts, weights, gate_up, down, choose(len(x)), first, along)
+
+        def add_shared(y):
+            if shared is None:
+                return y
+            with jax.named_scope("shared"):
+                return y + shared(x, shard, backends)
 
         if shard.exchanges and local < self.count:
-            return exchange_mlp(
+            y = exchange_mlp(
                 x,
                 experts,
                 weights,
@@ -223,7 +272,10 @@ class Experts(nnx.Module):
                 experts_per_shard=local,
                 backend=backends.exchange,
             )
-        return compute(x, experts, weights)
+            return add_shared(y)
+        if shared is not None and not shared.biased and takes_shared(choose(len(x)), len(x)):
+            return compute(x, experts, weights, (shared.gate_up.weight[...], shared.down.weight[...]))
+        return add_shared(compute(x, experts, weights))
 
 
 class MoE(nnx.Module):
@@ -254,10 +306,8 @@ class MoE(nnx.Module):
             experts = routing.experts
             if live is not None and len(tokens) > 1:  # a single token is no padding
                 experts = jnp.where(jnp.arange(len(tokens))[:, None] < live, experts, self.experts.count)
-            y = self.experts(tokens, experts, routing.weights, shard, backends)
-        if hasattr(self, "shared"):
-            with jax.named_scope("shared"):
-                y = y + self.shared(tokens, shard)
+            shared = getattr(self, "shared", None)
+            y = self.experts(tokens, experts, routing.weights, shard, backends, shared)
         return y.reshape(x.shape), routing
 
 
@@ -281,13 +331,13 @@ class DecoderLayer(nnx.Module):
           rows: which of the tokens are this shard's group's.
         """
         with jax.named_scope("attention"):
-            out, cache = self.attention(rows.take(self.input_norm(x)), angles, attend, cache, shard)
+            out, cache = self.attention(rows.take(self.input_norm(x)), angles, attend, cache, shard, backends)
             x = x + shard.sum(rows.spread(out, len(x)), *shard.attention_parts)
         with jax.named_scope("mlp"):
             h, routing = self.post_attention_norm(x), None
             if isinstance(self.mlp, MoE):
                 h, routing = self.mlp(h, shard, backends, rows.total)
             else:
-                h = self.mlp(h, shard)
+                h = self.mlp(h, shard, backends)
             x = x + shard.sum(h, "mlp")
         return x, cache, routing

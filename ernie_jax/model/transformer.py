@@ -24,7 +24,7 @@ from ernie_jax.model.layers import (
     parameter,
     rotary_angles,
 )
-from ernie_jax.ops import embed, linear, packed_attention
+from ernie_jax.ops import default_linear_backend, embed, linear, packed_attention
 from ernie_jax.sharding import WHOLE, Layout, Shard, shard_abstract
 
 
@@ -131,12 +131,16 @@ class Ernie(nnx.Module):
                 routing.append(routed)
         return ModelOutput(self.norm(x), caches, tuple(routing))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, backends: Backends = DEFAULT_BACKENDS) -> jax.Array:
         """Map hidden states [..., D] to logits [..., V], in the model's dtype; of a shard's slice of the vocabulary."""
         with jax.named_scope("head"):
             tied = self.config.tie_word_embeddings
-            weight = self.embed.weight if tied else self.head.weight
-            return linear("...d,vd->...v", hidden, weight[...], self.head.bias[...] if self.config.head_bias else None)
+            weight = (self.embed.weight if tied else self.head.weight)[...]
+            bias = self.head.bias[...] if self.config.head_bias else None
+            vocab, width = weight.shape
+            shape = hidden.size // width, width, vocab, weight.dtype
+            backend = backends.linear or default_linear_backend(backends.platform, *shape)
+            return linear("...d,vd->...v", hidden, weight, bias, backend)
 
 
 def forward(model: Ernie, tokens: jax.Array) -> jax.Array:

@@ -10,19 +10,27 @@ from ernie_jax.ops.attention import (
 )
 from ernie_jax.ops.embedding import embed
 from ernie_jax.ops.exchange import EXCHANGE_BACKENDS, default_exchange_backend, exchange_mlp
-from ernie_jax.ops.experts import DIFFERENTIABLE_EXPERT_BACKENDS, EXPERT_BACKENDS, default_expert_backend, grouped_mlp
-from ernie_jax.ops.precision import einsum, linear, swiglu
+from ernie_jax.ops.experts import (
+    DIFFERENTIABLE_EXPERT_BACKENDS,
+    EXPERT_BACKENDS,
+    default_expert_backend,
+    grouped_mlp,
+    takes_shared,
+)
+from ernie_jax.ops.precision import LINEAR_BACKENDS, default_linear_backend, einsum, linear, swiglu
 
 __all__ = [
     "ATTENTION_BACKENDS",
     "DIFFERENTIABLE_EXPERT_BACKENDS",
     "EXCHANGE_BACKENDS",
     "EXPERT_BACKENDS",
+    "LINEAR_BACKENDS",
     "RaggedBatch",
     "check_attention_backend",
     "default_attention_backend",
     "default_exchange_backend",
     "default_expert_backend",
+    "default_linear_backend",
     "einsum",
     "embed",
     "exchange_mlp",
@@ -31,4 +39,5 @@ __all__ = [
     "packed_attention",
     "paged_attention",
     "swiglu",
+    "takes_shared",
 ]

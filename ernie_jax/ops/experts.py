@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ernie_jax.ops.blocks import by_blocks
 from ernie_jax.ops.gmm import by_gmm
 from ernie_jax.ops.precision import einsum, swiglu
+from ernie_jax.ops.stream import FEW, by_stream, experts_problem
 
 
 def grouped_mlp(
@@ -18,6 +19,7 @@ def grouped_mlp(
     down: jax.Array,  # [E, D, F]
     backend: str,
     first_expert: jax.Array | int = 0,
+    shared: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Sum over a token's chosen experts e of weights[t, e] * down_e(silu(gate_e x) * up_e x).
 
@@ -28,25 +30,44 @@ def grouped_mlp(
         shard's experts, or none at all for padding tokens) contribute nothing.
       backend: a name of EXPERT_BACKENDS.
       first_expert: may be traced.
+      shared: (gate_up [2, F', D], down [D, F']) of an MLP that all tokens go through, unscaled; only where
+        `takes_shared`.
 
     Returns:
       [T, D].
     """
-    return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert)
+    more = () if shared is None else (shared,)
+    return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, *more)
+
+
+def takes_shared(backend: str, tokens: int) -> bool:
+    """Tell whether a backend computes the shared experts along with the chosen ones, and wins by it."""
+    return backend == "cuda" and tokens <= FEW
 
 
 def default_expert_backend(
-    tokens: int, k: int, platform: str = "cpu", local_experts: int | None = None, experts: int | None = None
+    tokens: int,
+    k: int,
+    platform: str = "cpu",
+    local_experts: int | None = None,
+    experts: int | None = None,
+    width: int = 0,
+    inner: int = 0,
+    dtype: jnp.dtype = jnp.float32,
 ) -> str:
     """Choose a backend by shape.
 
     Few tokens read only the experts they chose, unless this shard has no more than those; some tens to hundreds read
     every expert once; more are sorted, unless they choose half of all experts anyway: on TPUs for the grouped product
-    that JAX brings ("gmm"), elsewhere in "blocks".
+    that JAX brings ("gmm"), elsewhere in "blocks". On GPUs our kernels ("cuda") take up to some hundreds of tokens of
+    the sizes that they know.
 
     Args:
       local_experts, experts: how many this shard has, and how many there are; None: enough to make no difference.
+      width, inner, dtype: D, F and the dtype of the weights.
     """
+    if platform == "gpu" and tokens <= 256 and experts_problem(width, inner, local_experts or 0, dtype) is None:
+        return "cuda"
     if tokens * k <= min(8, local_experts or 8):
         return "gather"
     if tokens <= 256 or (experts is not None and 2 * k >= experts):
@@ -86,6 +107,6 @@ def _gather(x, chosen, weights, gate_up, down, first_expert):
     return jnp.stack(out).astype(x.dtype)
 
 
-EXPERT_BACKENDS = {"dense": _dense, "gather": _gather, "blocks": by_blocks, "gmm": by_gmm}
+EXPERT_BACKENDS = {"dense": _dense, "gather": _gather, "blocks": by_blocks, "gmm": by_gmm, "cuda": by_stream}
 
 DIFFERENTIABLE_EXPERT_BACKENDS = ("dense", "gather", "blocks")  # which training can name

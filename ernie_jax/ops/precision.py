@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+from ernie_jax.ops import stream
+from ernie_jax.ops.stream import linear_problem
 
 
 def precision_of(*operands: jax.Array) -> jax.lax.Precision | None:
@@ -17,10 +22,40 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype | N
     return out.astype(out_dtype or x.dtype)
 
 
-def linear(subscripts: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """Contract and add a bias, both in float32, and round once to the dtype of `x`."""
+def linear(
+    subscripts: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, backend: str = "xla"
+) -> jax.Array:
+    """Contract the last axes of x with those of the weight [*out, *in] and add a bias; round to the dtype of `x`.
+
+    Args:
+      backend: a name of LINEAR_BACKENDS.
+
+    Raises:
+      UserError: if the backend does not take these shapes or dtypes.
+    """
+    return LINEAR_BACKENDS[backend](subscripts, x, weight, bias)
+
+
+def default_linear_backend(platform: str, tokens: int, inner: int, outer: int, dtype: jnp.dtype) -> str:
+    """Choose a backend: on GPUs our kernel, where it takes the product [T, K] x [N, K]."""
+    return "cuda" if platform == "gpu" and linear_problem(tokens, inner, outer, dtype) is None else "xla"
+
+
+def _xla(subscripts, x, weight, bias):
     out = einsum(subscripts, x, weight, jnp.float32)
     return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _cuda(subscripts, x, weight, bias):
+    inputs, outputs = subscripts.split("->")
+    contracted = len(set(inputs.split(",")[1]) - set(outputs))
+    inner = math.prod(weight.shape[-contracted:])
+    out = stream.linear(x.reshape(-1, inner), weight.reshape(-1, inner))
+    out = out.reshape(*x.shape[:-contracted], *weight.shape[:-contracted])
+    return out if bias is None else out + bias
+
+
+LINEAR_BACKENDS = {"xla": _xla, "cuda": _cuda}
 
 
 def swiglu(gate_up: jax.Array, axis: int) -> jax.Array:

@@ -3,4 +3,5 @@
 # Needs pytest and the project's requirements for CUDA; usage: tests/gpu/run.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-JAX_PLATFORMS=cuda,cpu exec python3 -m pytest -q -p no:cacheprovider tests/ops tests/engine "$@"
+[ $# -gt 0 ] || set -- tests/gpu tests/ops tests/engine
+JAX_PLATFORMS=cuda,cpu exec python3 -m pytest -q -p no:cacheprovider "$@"

@@ -10,8 +10,10 @@ import pytest
 from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, EXPERT_BACKENDS, default_expert_backend, grouped_mlp
 
 # "gather" is unrolled over tokens: made for a few.
-FEW = [(backend, tokens) for backend in EXPERT_BACKENDS for tokens in (1, 3)]
-MANY = [(backend, 300) for backend in EXPERT_BACKENDS if backend != "gather"]
+# tests/gpu holds the GPU's kernels to the same reference, at the sizes they take.
+BACKENDS = [backend for backend in EXPERT_BACKENDS if backend not in ("cuda", "mosaic")]
+FEW = [(backend, tokens) for backend in BACKENDS for tokens in (1, 3)]
+MANY = [(backend, 300) for backend in BACKENDS if backend != "gather"]
 
 
 @pytest.fixture(autouse=True)
