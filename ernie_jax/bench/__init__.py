@@ -1,0 +1,1 @@
+"""How fast a model runs here, held against what this machine's memory and arithmetic allow."""

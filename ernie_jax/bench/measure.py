@@ -1,0 +1,198 @@
+"""Measure decode steps and prefill of a model through its Engine.
+
+A decode step is the difference of two runs that differ only in how many tokens they generate, over the difference in
+tokens: prefill and the start of the pipeline cancel out, sampling is included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+
+import numpy as np
+
+from ernie_jax.bench import drive
+from ernie_jax.bench.machine import Machine
+from ernie_jax.bench.ops import TracedOps
+from ernie_jax.engine import Engine
+from ernie_jax.errors import UserError
+from ernie_jax.planner.costs import Cost, Load, decode_load, step_cost
+from ernie_jax.sharding import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """`batch` prompts of `context` tokens each, continued by `short` and by `long` tokens."""
+
+    batch: int
+    context: int
+    short: int
+    long: int
+    kind = "decode"
+
+    @property
+    def new(self) -> int:
+        return self.long
+
+    @property
+    def mean_context(self) -> int:
+        """The mean context of the steps that make the difference."""
+        return self.context + (self.short + self.long) // 2
+
+    def cost(self, engine: Engine, layout: Layout) -> Cost:
+        """Count what a step cannot avoid."""
+        return step_cost(engine.config, engine.dtype, layout, decode_load(layout, self.batch, self.mean_context))
+
+    def step_tokens(self, engine: Engine) -> int:
+        return drive.decode_tokens(engine, self.batch)
+
+    def tokens_of(self, seconds: float) -> float:
+        return self.batch / seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """`batch` prompts of `context` tokens each, from submit to the last one's first token."""
+
+    batch: int
+    context: int
+    kind = "prefill"
+    new = 1
+
+    def cost(self, engine: Engine, layout: Layout) -> Cost:
+        """Count what one step with all the tokens cannot avoid: more steps, in chunks, are the engine's choice."""
+        rows = -(-self.batch // layout.groups)  # of the busiest group
+        load = Load(
+            tokens=self.batch * self.context,
+            group_tokens=rows * self.context,
+            rows=self.batch,
+            cached=rows * self.context,
+            attended=rows * self.context * (self.context + 1) // 2,
+        )
+        return step_cost(engine.config, engine.dtype, layout, load)
+
+    def step_tokens(self, engine: Engine) -> int:
+        return drive.prefill_tokens(engine, self.batch * self.context)
+
+    def tokens_of(self, seconds: float) -> float:
+        return self.batch * self.context / seconds
+
+
+Case = Decode | Prefill
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was measured of a case.
+
+    Attributes:
+      seconds: of a decode step, or of the whole prefill; median.
+      runs: those of which it is the median.
+      compile_seconds: how much longer the first run took.
+      moved, flops: bytes and operations that the busiest device cannot avoid.
+      floor: the least seconds that they take here.
+      bound: memory or compute.
+      ops: the backend of every op.
+      sequences: each sequence's prompt and new tokens, of the last run.
+    """
+
+    case: Case
+    seconds: float
+    runs: list[float]
+    compile_seconds: float
+    moved: float
+    flops: float
+    floor: float
+    bound: str
+    ops: str
+    sequences: list[list[int]]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.case.tokens_of(self.seconds)
+
+    @property
+    def of_floor(self) -> float:
+        return self.floor / self.seconds
+
+    def to_object(self) -> dict:
+        """Return what `--json` prints."""
+        return {
+            "kind": self.case.kind,
+            "batch": self.case.batch,
+            "context": self.case.context,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "bytes": self.moved,
+            "flops": self.flops,
+            "floor_seconds": self.floor,
+            "of_floor": self.of_floor,
+            "bound": self.bound,
+            "compile_seconds": self.compile_seconds,
+            "runs": self.runs,
+            "ops": self.ops,
+        }
+
+
+def measure(
+    engine: Engine,
+    layout: Layout,
+    case: Case,
+    machine: Machine,
+    traced: TracedOps,
+    rng: np.random.Generator,
+    repeats: int = 5,
+    spread: float = 0.0,
+) -> Row:
+    """Run a case once to compile it, then `repeats` times, each with fresh prompts over shuffled pages.
+
+    Args:
+      traced: of all cases of the engine.
+      spread: how much the prompts' lengths differ, as in `drive.random_prompts`.
+
+    Raises:
+      UserError: if the cache or the engine has no room for the case, or the difference of the runs drowns in noise.
+    """
+    _check_room(engine, layout, case, spread)
+
+    def once(new: int) -> float:
+        nonlocal sequences
+        prompts = drive.random_prompts(engine, rng, case.batch, case.context, spread)
+        drive.shuffle_pages(engine, rng)
+        seconds, outputs = drive.run(engine, prompts, new)
+        sequences = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
+        return seconds
+
+    sequences: list[list[int]] = []
+    with traced.noting():
+        first = once(case.new)  # passes through every program that the case needs
+    if isinstance(case, Prefill):
+        runs = whole = [once(1) for _ in range(repeats)]
+    else:
+        pairs = [(once(case.short), once(case.long)) for _ in range(repeats)]
+        runs = [(long - short) / (case.long - case.short) for short, long in pairs]
+        whole = [long for _, long in pairs]
+    seconds = statistics.median(runs)
+    if seconds <= 0:
+        raise UserError(
+            f"{case.long} new tokens took no longer than {case.short}: the machine is too busy; give more --repeats "
+            "or --lengths further apart"
+        )
+    cost = case.cost(engine, layout)
+    moved = cost.weights + cost.cache
+    floor, bound = machine.floor(moved, cost.flops)
+    compiling = max(0.0, first - statistics.median(whole))
+    ops = traced.describe(case.step_tokens(engine))
+    return Row(case, seconds, runs, compiling, moved, cost.flops, floor, bound, ops, sequences)
+
+
+def _check_room(engine: Engine, layout: Layout, case: Case, spread: float) -> None:
+    """Refuse what would run in several rounds: it would be timed as if it were one."""
+    if case.batch > engine.options.max_sequences:
+        raise UserError(f"{case.batch} sequences at once, and the engine takes {engine.options.max_sequences}")
+    each = drive.needed_tokens(engine, round(case.context * (1 + spread)), case.new)
+    rows = -(-case.batch // layout.groups)
+    if rows * each > engine.group_tokens:
+        raise UserError(
+            f"needs {case.batch * each:,} tokens of KV cache, and there is room for {engine.cache_tokens:,}"
+        )
