@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ernie_jax.ops.blocks import by_blocks
 from ernie_jax.ops.gmm import by_gmm
+from ernie_jax.ops.mosaic import by_mosaic, mosaic_problem
 from ernie_jax.ops.precision import einsum, swiglu
 from ernie_jax.ops.stream import FEW, by_stream, experts_problem
 
@@ -60,7 +61,7 @@ def default_expert_backend(
     Few tokens read only the experts they chose, unless this shard has no more than those; some tens to hundreds read
     every expert once; more are sorted, unless they choose half of all experts anyway: on TPUs for the grouped product
     that JAX brings ("gmm"), elsewhere in "blocks". On GPUs our kernels ("cuda") take up to some hundreds of tokens of
-    the sizes that they know.
+    the sizes that they know; Hopper GPUs sort more for a kernel of ours ("mosaic").
 
     Args:
       local_experts, experts: how many this shard has, and how many there are; None: enough to make no difference.
@@ -72,6 +73,8 @@ def default_expert_backend(
         return "gather"
     if tokens <= 256 or (experts is not None and 2 * k >= experts):
         return "dense"
+    if platform == "gpu" and mosaic_problem(width, inner, dtype) is None:
+        return "mosaic"
     return "gmm" if platform == "tpu" else "blocks"
 
 
@@ -107,6 +110,13 @@ def _gather(x, chosen, weights, gate_up, down, first_expert):
     return jnp.stack(out).astype(x.dtype)
 
 
-EXPERT_BACKENDS = {"dense": _dense, "gather": _gather, "blocks": by_blocks, "gmm": by_gmm, "cuda": by_stream}
+EXPERT_BACKENDS = {
+    "dense": _dense,
+    "gather": _gather,
+    "blocks": by_blocks,
+    "gmm": by_gmm,
+    "cuda": by_stream,
+    "mosaic": by_mosaic,
+}
 
 DIFFERENTIABLE_EXPERT_BACKENDS = ("dense", "gather", "blocks")  # which training can name
