@@ -1,10 +1,11 @@
 // Decode attention over a paged cache: one launch writes each token's new key and value and attends over its sequence.
 //
-// Work is counted in tiles of 16 cached positions of one key/value head, 8 KB. A warp holds one tile in registers while
-// the next is on its way, so all of an SM's warps together keep some 100 KB in flight. Its lanes load 16 bytes each in
-// places that are tensor-core fragments as they come: keys K-contiguous as the product wants them, values by pairs of
-// positions that a byte permutation turns. Scores [query, position] leave the first product in the layout that the
-// second, out^T [dim, query] = values^T weights^T, takes, so nothing goes through shared memory before the very end.
+// Work is counted in tiles of 16 cached positions of one key/value head, 8 KB. A warp has room for one tile; it refills
+// the keys' half while it works on the values and the other way round, so all warps of an SM keep some 100 KB on their
+// way. A lane copies what it needs itself, in pieces of 16 bytes that are tensor-core fragments as they lie in memory:
+// keys contiguous along the product's inner dimension, values by pairs of positions that a byte permutation turns. So
+// no barrier stands between memory and use. Scores [query, position] leave the first product in the layout in which the
+// second, out^T [dim, query] = values^T weights^T, takes its weights.
 //
 // Which block attends over what is decided on the device, from this step's lengths, by every block alike (`Plan`).
 #include "common.cuh"
@@ -13,13 +14,13 @@ namespace ernie {
 namespace {
 
 constexpr int kHeadDim = 128;
-constexpr int kTile = 16;              // positions
-constexpr int kLeastTiles = 16;        // of a range: below this a merge of blocks costs more than it saves
-constexpr int kMostTokens = 2048;      // of a step; ops/decode_attention.py knows it too
-constexpr int kMostBlocks = 512;       // of a launch
+constexpr int kTile = 16;  // positions
+constexpr int kLeastTiles = 16;  // of a range: below this a merge of blocks costs more than it saves
+constexpr int kMostTokens = 2048;  // of a step: ops/decode_attention.py asks for no more
+constexpr int kMostBlocks = 512;  // of a launch: there is room for so many partial results
 constexpr int kBlocksPerSm = 2;
-constexpr int kPitch = kHeadDim + 4;   // floats of a query's partial result, of which the first two of the end are its
-                                       // maximum and sum; also keeps rows in shared memory off each other's banks
+// Floats of a query's partial result; at kHeadDim follow its maximum and sum.
+constexpr int kPitch = kHeadDim + 4;
 
 // Two tiles of 8 queries need twice the registers of one, so their blocks have half the warps.
 template <int NT>
@@ -44,9 +45,10 @@ struct Plan {
   int ranges;  // that run at a time
   int count;   // ranges in all
   int length;  // tiles of a range that is an equal part, or 0
+  int total;   // tiles
 
   __device__ int begin(int range, const int* first) const { return length ? range * length : first[range]; }
-  __device__ int end(int range, const int* first, int total) const {
+  __device__ int end(int range, const int* first) const {
     return length ? min((range + 1) * length, total) : first[range + 1];
   }
 };
@@ -95,7 +97,7 @@ __device__ Plan make_plan(const Step& step, int total, int longest) {
   const int ranges = gridDim.x / step.kv_heads;
   const int length = max(kLeastTiles, divide_up(total, ranges));
   const bool whole = divide_up(step.tokens, ranges) * longest <= length + length / 4 + 8;
-  return {ranges, whole ? step.tokens : divide_up(total, length), whole ? 0 : length};
+  return {ranges, whole ? step.tokens : divide_up(total, length), whole ? 0 : length, total};
 }
 
 // The last token with first[t] <= tile: the only one of those that has tiles.
@@ -108,65 +110,81 @@ __device__ int find(const int* first, int tokens, int tile) {
   return low;
 }
 
-// The cached keys and values of a tile and, from `room` of its positions on, the new ones: those beyond are masked, but
-// what memory holds there might not be finite.
+// Where a tile lies, and its last position that is in use: that one stands in for those behind it, which are masked but
+// might not be finite.
 struct Source {
-  const bf16* cached;  // of the tile's first position
-  const bf16 *key, *value;
-  int room, stride;
+  const bf16* pages;  // of the head
+  int slot, last, stride;
+
+  __device__ __forceinline__ const bf16* key(int at) const { return pages + (int64_t)(slot + min(at, last)) * stride; }
+  __device__ __forceinline__ const bf16* value(int at) const { return key(at) + kHeadDim; }
 };
 
-// 16 bytes that no other block reads: not kept in L1.
-__device__ __forceinline__ uint4 load_once(const bf16* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
+// A warp's tile: for each lane the keys of positions lane / 4 + 8 h, 8 dims from 32 j + 8 (lane % 4) on, and the values
+// of positions 2 (lane % 4) + i % 2 + 8 (i / 2), 8 dims from 64 j + 8 (lane / 4) on.
+struct Tile {
+  uint4 keys[2][4][32];
+  uint4 values[4][2][32];
 
-__device__ __forceinline__ void load_keys(uint4 (&keys)[2][4], const Source& source, int lane) {
+  __device__ __forceinline__ void fetch_keys(const Source& source, int lane) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int at = lane / 4 + 8 * h;
-    const bf16* p = (at < source.room ? source.cached + at * source.stride : source.key) + lane % 4 * 8;
+    for (int h = 0; h < 2; ++h) {
+      const bf16* p = source.key(lane / 4 + 8 * h) + lane % 4 * 8;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) keys[h][j] = load_once(p + 32 * j);
+      for (int j = 0; j < 4; ++j) copy_async(&keys[h][j][lane], p + 32 * j);
+    }
+    commit_copies();
   }
-}
 
-__device__ __forceinline__ void load_values(uint4 (&values)[4][2], const Source& source, int lane) {
+  __device__ __forceinline__ void fetch_values(const Source& source, int lane) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at = lane % 4 * 2 + i % 2 + i / 2 * 8;
-    const bf16* p = (at < source.room ? source.cached + at * source.stride + kHeadDim : source.value) + lane / 4 * 8;
-    values[i][0] = load_once(p);
-    values[i][1] = load_once(p + kHeadDim / 2);
+    for (int i = 0; i < 4; ++i) {
+      const bf16* p = source.value(lane % 4 * 2 + i % 2 + i / 2 * 8) + lane / 4 * 8;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) copy_async(&values[i][j][lane], p + 64 * j);
+    }
+    commit_copies();
   }
-}
+};
+
+// What a warp keeps in shared memory: its tile, and when it is done what it found, [query][dim] and at kHeadDim the
+// maximum and the sum.
+template <int NT>
+union Room {
+  Tile tile;
+  float found[8 * NT][kPitch];
+};
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-__device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 // acc += values^T weights^T. Row g of product i is dim 8 g + i, row g + 8 dim 64 + 8 g + i.
 template <int NT>
-__device__ __forceinline__ void add_values(float (&acc)[NT][8][4], const uint4 (&values)[4][2],
-                                           const uint32_t (&weights)[NT][2]) {
+__device__ __forceinline__ void add_values(float (&acc)[NT][8][4], const Tile& tile, const uint32_t (&weights)[NT][2],
+                                           int lane) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const unsigned order = i % 2 ? 0x7632 : 0x5410;
-    uint32_t a[2][2];
+  for (int i = 0; i < 8; i += 4) {  // half of a lane's 16 bytes at a time: there are not the registers for all
+    uint2 v[4][2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int at = 0; at < 4; ++at)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) v[at][j] = reinterpret_cast<const uint2*>(&tile.values[at][j][lane])[i / 4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      uint32_t a[2][2];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        a[h][half] = __byte_perm(word(values[2 * h][half], i / 2), word(values[2 * h + 1][half], i / 2), order);
 #pragma unroll
-    for (int n = 0; n < NT; ++n) mma(acc[n][i], a[0][0], a[0][1], a[1][0], a[1][1], weights[n][0], weights[n][1]);
+        for (int j = 0; j < 2; ++j) {
+          const uint2 even = v[2 * h][j], odd = v[2 * h + 1][j];
+          a[h][j] = __byte_perm(u < 2 ? even.x : even.y, u < 2 ? odd.x : odd.y, u % 2 ? 0x7632 : 0x5410);
+        }
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+        mma(acc[n][i + u], a[0][0], a[0][1], a[1][0], a[1][1], weights[n][0], weights[n][1]);
+    }
   }
 }
 
@@ -206,31 +224,35 @@ struct Softmax {
   }
 };
 
-// What the warps of a block found, [query][dim] and at kHeadDim their maximum and sum.
-template <int NT>
-using Partials = float[kWarps<NT>][8 * NT][kPitch];
-
 // Attend with the queries of a token's head over its tiles [begin, end), each warp over its share.
 template <int NT>
-__device__ __forceinline__ void attend(const Step& step, int t, int head, int begin, int end, Partials<NT>& partials) {
+__device__ __forceinline__ void attend(const Step& step, int t, int head, int begin, int end, Room<NT>* rooms) {
   constexpr int W = kWarps<NT>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int tile = begin + warp;
   if (tile >= end) return;
-  const int64_t line = (int64_t)t * step.kv_heads + head;
+  const int line = t * step.kv_heads + head;
   const int position = step.positions[t], page_tiles = step.page_size / kTile, stride = 2 * step.kv_heads * kHeadDim;
-  const int* table = step.table + (int64_t)step.rows[t] * step.width;
-  const bf16* pages = step.pages + 2 * head * kHeadDim;
+  const int table = step.rows[t] * step.width;
+  bf16* pages = step.pages + 2 * head * kHeadDim;
   const auto source = [&](int tile, int page) {
-    const bf16* cached = pages + ((int64_t)page * step.page_size + tile % page_tiles * kTile) * stride;
-    return Source{cached, step.k + line * kHeadDim, step.v + line * kHeadDim, position - tile * kTile, stride};
+    return Source{pages, (page * page_tiles + tile % page_tiles) * kTile, position - tile * kTile, stride};
   };
 
-  uint4 keys[2][4], values[4][2], queries[NT][4];
-  const Source now = source(tile, table[tile / page_tiles]);
-  load_keys(keys, now, lane);
-  load_values(values, now, lane);
-  int page = tile + W < end ? table[(tile + W) / page_tiles] : 0;
+  int page = step.table[table + tile / page_tiles];
+  const int newest = position / kTile;
+  if (newest < end && (newest - begin) % W == warp) {  // the warp that will read the new key and value writes them
+    const int slot = step.table[table + newest / page_tiles] * step.page_size + position % step.page_size;
+    bf16* to = pages + (int64_t)slot * stride;
+    const bf16* from = (lane < 16 ? step.k : step.v) + line * kHeadDim + lane % 16 * 8;
+    *reinterpret_cast<uint4*>(to + lane * 8) = *reinterpret_cast<const uint4*>(from);
+    __syncwarp();
+  }
+  Tile& room = rooms[warp].tile;
+  room.fetch_keys(source(tile, page), lane);
+  room.fetch_values(source(tile, page), lane);
+  if (tile + W < end) page = step.table[table + (tile + W) / page_tiles];
+  uint4 queries[NT][4];
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
     const int query = lane / 4 + 8 * n;
@@ -246,15 +268,16 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
   for (; tile < end; tile += W) {
     const bool more = tile + W < end;
     const Source next = source(tile + W, page);
-    if (tile + 2 * W < end) page = table[(tile + 2 * W) / page_tiles];
+    if (tile + 2 * W < end) page = step.table[table + (tile + 2 * W) / page_tiles];
+    wait_for_copies<1>();
     float scores[2][4] = {};
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        mma32(scores[h], queries[0][j], NT == 2 ? queries[NT - 1][j] : make_uint4(0, 0, 0, 0), keys[h][j]);
-    if (more) load_keys(keys, next, lane);
-    if (tile == position / kTile) {
+        mma32(scores[h], queries[0][j], NT == 2 ? queries[NT - 1][j] : make_uint4(0, 0, 0, 0), room.keys[h][j][lane]);
+    more ? room.fetch_keys(next, lane) : commit_copies();
+    if (tile == newest) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -264,20 +287,23 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
     }
     uint32_t weights[NT][2];
     softmax.weigh(scores, weights, lane);
-    add_values(softmax.acc, values, weights);
-    if (more) load_values(values, next, lane);
+    wait_for_copies<1>();
+    add_values(softmax.acc, room, weights, lane);
+    more ? room.fetch_values(next, lane) : commit_copies();
   }
 
+  float(*found)[kPitch] = rooms[warp].found;
+  __syncwarp();  // all lanes are done with the tile
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
     float sum = softmax.sum[n];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    float* end_of_row = &partials[warp][lane / 4 + 8 * n][kHeadDim];
+    float* end_of_row = &found[lane / 4 + 8 * n][kHeadDim];
     if (lane % 4 == 0) end_of_row[0] = softmax.peak[n], end_of_row[1] = sum;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // query 2 c + i % 2, dims 64 (i / 2) + 8 g and the next 7
-      float4* row = reinterpret_cast<float4*>(&partials[warp][lane % 4 * 2 + i % 2 + 8 * n][i / 2 * 64 + lane / 4 * 8]);
+      float4* row = reinterpret_cast<float4*>(&found[lane % 4 * 2 + i % 2 + 8 * n][i / 2 * 64 + lane / 4 * 8]);
       const auto& a = softmax.acc[n];
       row[0] = make_float4(a[0][i], a[1][i], a[2][i], a[3][i]);
       row[1] = make_float4(a[4][i], a[5][i], a[6][i], a[7][i]);
@@ -321,18 +347,19 @@ struct Merge {
 // Call use(query, dim) for four dims at a time of a token's head.
 template <typename Use>
 __device__ __forceinline__ void each_result(int group, Use use) {
-  for (int i = threadIdx.x; i < group * (kHeadDim / 4); i += blockDim.x) use(i / (kHeadDim / 4), i % (kHeadDim / 4) * 4);
+  constexpr int kPieces = kHeadDim / 4;
+  for (int i = threadIdx.x; i < group * kPieces; i += blockDim.x) use(i / kPieces, i % kPieces * 4);
 }
 
 // Sum what the first `used` warps of the block found.
 template <int NT>
-__device__ __forceinline__ Merge merge_warps(const Partials<NT>& partials, int used, int query, int dim) {
+__device__ __forceinline__ Merge merge_warps(const Room<NT>* rooms, int used, int query, int dim) {
   constexpr int W = kWarps<NT>;
   float2 ends[W];
   float4 outs[W];
 #pragma unroll
   for (int w = 0; w < W; ++w) {
-    const float* row = partials[w][query];
+    const float* row = rooms[w].found[query];
     ends[w] = w < used ? *reinterpret_cast<const float2*>(row + kHeadDim) : make_float2(-INFINITY, 0);
     outs[w] = w < used ? *reinterpret_cast<const float4*>(row + dim) : make_float4(0, 0, 0, 0);
   }
@@ -343,7 +370,7 @@ __device__ __forceinline__ Merge merge_warps(const Partials<NT>& partials, int u
 
 // Where the partial result of a range lies: that of a token that began before it, or of one that goes on behind it.
 __device__ __forceinline__ float* partial(const Step& step, int range, int head, bool begins) {
-  return step.partials + ((int64_t)(range * step.kv_heads + head) * 2 + begins) * step.group * kPitch;
+  return step.partials + ((range * step.kv_heads + head) * 2 + begins) * step.group * kPitch;
 }
 
 // Sum the partial results of ranges [from, to], in the first of which the token begins.
@@ -371,10 +398,13 @@ __device__ __forceinline__ void merge_ranges(const Step& step, int head, int fro
 template <int NT>
 __global__ void __launch_bounds__(32 * kWarps<NT>, kBlocksPerSm) decode_kernel(const Step step) {
   __shared__ int first[kMostTokens + 1];
-  __shared__ Partials<NT> partials;
+  __shared__ Plan plan;
   __shared__ bool last;
-  const int longest = count_tiles<kWarps<NT>>(step, first), total = first[step.tokens];
-  const Plan plan = make_plan(step, total, longest);
+  extern __shared__ uint4 memory[];
+  Room<NT>* rooms = reinterpret_cast<Room<NT>*>(memory);
+  const int longest = count_tiles<kWarps<NT>>(step, first);
+  if (threadIdx.x == 0) plan = make_plan(step, first[step.tokens], longest);
+  __syncthreads();
 
   const int head_size = step.group * kHeadDim, token_size = step.kv_heads * head_size;
   for (int t = blockIdx.x; t < step.tokens; t += gridDim.x) {  // padding
@@ -385,31 +415,22 @@ __global__ void __launch_bounds__(32 * kWarps<NT>, kBlocksPerSm) decode_kernel(c
 
   const int head = blockIdx.x % step.kv_heads;
   for (int range = blockIdx.x / step.kv_heads; range < plan.count; range += plan.ranges) {
-    const int range_end = plan.end(range, first, total);
+    const int range_end = plan.end(range, first);
     for (int at = plan.begin(range, first), end; at < range_end; at = end) {
       const int t = find(first, step.tokens, at), begin = first[t];
       end = min(range_end, first[t + 1]);
-      attend<NT>(step, t, head, at - begin, end - begin, partials);
-      const int64_t line = (int64_t)t * step.kv_heads + head;
-      if (end == first[t + 1] && threadIdx.x < 32) {  // the new position's tile: no other block reads its key and value
-        const int position = step.positions[t], lane = threadIdx.x;
-        const int page = step.table[(int64_t)step.rows[t] * step.width + position / step.page_size];
-        const int64_t slot = (int64_t)page * step.page_size + position % step.page_size;
-        const bf16* from = (lane < 16 ? step.k : step.v) + line * kHeadDim + lane % 16 * 8;
-        bf16* to = step.pages + (slot * step.kv_heads + head) * 2 * kHeadDim + lane * 8;
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-      }
+      attend<NT>(step, t, head, at - begin, end - begin, rooms);
       __syncthreads();
       const int used = min(end - at, kWarps<NT>);
-      bf16* out = step.out + line * head_size;
+      bf16* out = step.out + (t * step.kv_heads + head) * head_size;
       if (at == begin && end == first[t + 1]) {
         each_result(step.group, [&](int query, int dim) {
-          merge_warps<NT>(partials, used, query, dim).finish(out + query * kHeadDim + dim);
+          merge_warps<NT>(rooms, used, query, dim).finish(out + query * kHeadDim + dim);
         });
       } else {
         float* mine = partial(step, range, head, at == begin);
         each_result(step.group, [&](int query, int dim) {
-          const Merge merge = merge_warps<NT>(partials, used, query, dim);
+          const Merge merge = merge_warps<NT>(rooms, used, query, dim);
           *reinterpret_cast<float4*>(mine + query * kPitch + dim) = merge.out;
           if (dim == 0)
             *reinterpret_cast<float2*>(mine + query * kPitch + kHeadDim) = make_float2(merge.peak, merge.sum);
@@ -427,6 +448,14 @@ __global__ void __launch_bounds__(32 * kWarps<NT>, kBlocksPerSm) decode_kernel(c
       __syncthreads();
     }
   }
+}
+
+template <int NT>
+ffi::Error launch(cudaStream_t stream, const Step& step, int blocks) {
+  constexpr int kBytes = kWarps<NT> * sizeof(Room<NT>);
+  cudaFuncSetAttribute(decode_kernel<NT>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  decode_kernel<NT><<<blocks, 32 * kWarps<NT>, kBytes, stream>>>(step);
+  return launch_status("decode attention");
 }
 
 ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer,
@@ -453,11 +482,7 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::
   const int64_t pieces = (step.width * (step.page_size / kTile) + kLeastTiles - 1) / kLeastTiles;
   const int64_t ranges = std::min<int64_t>(step.tokens * pieces, most / step.kv_heads);
   const int blocks = std::max<int64_t>(ranges, 1) * step.kv_heads;
-  if (step.group <= 8)
-    decode_kernel<1><<<blocks, 32 * kWarps<1>, 0, stream>>>(step);
-  else
-    decode_kernel<2><<<blocks, 32 * kWarps<2>, 0, stream>>>(step);
-  return launch_status("decode attention");
+  return step.group <= 8 ? launch<1>(stream, step, blocks) : launch<2>(stream, step, blocks);
 }
 
 }  // namespace

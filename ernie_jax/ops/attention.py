@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from ernie_jax.errors import UserError
+from ernie_jax.ops.decode_attention import MOST_TOKENS, decode_attention, decode_problem
 from ernie_jax.ops.precision import einsum
 
 _BLOCK = 2048  # cached positions that one step of the online softmax looks at
@@ -68,17 +69,20 @@ def paged_attention(
     Raises:
       UserError: if the backend does not take these shapes or dtypes.
     """
+    if backend == "cuda" and batch.max_query == 1 and len(q) <= MOST_TOKENS:
+        return decode_attention(q, k, v, pages, batch)
     pages = _write(k, v, pages, batch)
     return ATTENTION_BACKENDS[backend](q, pages, batch), pages
 
 
 def default_attention_backend(platform: str, head_dim: int, dtype: jnp.dtype, kv_heads: int) -> str:
-    """Choose a backend: on TPUs the kernel, where it takes the model's heads.
+    """Choose a backend: on TPUs and GPUs the kernel, where it takes the model's heads.
 
     Args:
       kv_heads: key/value heads of one shard.
     """
-    return "rpa" if platform == "tpu" and _rpa_problem(head_dim, dtype, kv_heads) is None else "xla"
+    kernel = {"tpu": "rpa", "gpu": "cuda"}.get(platform)
+    return kernel if kernel and _problem(kernel, head_dim, dtype, kv_heads) is None else "xla"
 
 
 def check_attention_backend(backend: str, head_dim: int, dtype: jnp.dtype, kv_heads: int) -> None:
@@ -87,8 +91,15 @@ def check_attention_backend(backend: str, head_dim: int, dtype: jnp.dtype, kv_he
     Raises:
       UserError: if it does not.
     """
-    if backend == "rpa" and (problem := _rpa_problem(head_dim, dtype, kv_heads)):
-        raise UserError(f"attention backend rpa {problem}; use attention backend xla")
+    if problem := _problem(backend, head_dim, dtype, kv_heads):
+        raise UserError(f"attention backend {backend} {problem}; use attention backend xla")
+
+
+def _problem(backend, head_dim, dtype, kv_heads):
+    """Say what a backend does not take of a model's heads, if anything."""
+    if backend == "rpa":
+        return _rpa_problem(head_dim, dtype, kv_heads)
+    return decode_problem(head_dim, dtype) if backend == "cuda" else None
 
 
 def _write(k, v, pages, batch):
@@ -192,7 +203,8 @@ def _rpa_problem(head_dim: int, dtype: jnp.dtype, kv_heads: int) -> str | None:
     return None
 
 
-ATTENTION_BACKENDS = {"xla": _xla, "rpa": _rpa}
+# Attention over pages that hold the new keys and values already; a decode step of "cuda" is one kernel with the write.
+ATTENTION_BACKENDS = {"xla": _xla, "rpa": _rpa, "cuda": _xla}
 
 
 def packed_attention(

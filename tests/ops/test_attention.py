@@ -11,7 +11,13 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
 
 from ernie_jax.engine.batching import Run, build_batch
 from ernie_jax.errors import UserError
-from ernie_jax.ops import attention, default_attention_backend, packed_attention, paged_attention
+from ernie_jax.ops import (
+    attention,
+    check_attention_backend,
+    default_attention_backend,
+    packed_attention,
+    paged_attention,
+)
 
 K, R, H, PAGE = 2, 3, 16, 8
 
@@ -128,6 +134,18 @@ def test_rpa_refuses_what_the_kernel_does_not_take(rng):
 
 
 @pytest.mark.parametrize(
+    ("heads", "problem"),
+    [
+        ((64, jnp.bfloat16, 4), "takes heads of 128, not of 64"),
+        ((128, jnp.float32, 4), "takes bfloat16 pages, not float32"),
+    ],
+)
+def test_cuda_refuses_what_the_kernel_does_not_take(heads, problem):
+    with pytest.raises(UserError, match=f"attention backend cuda {problem}; use attention backend xla"):
+        check_attention_backend("cuda", *heads)
+
+
+@pytest.mark.parametrize(
     ("arguments", "backend"),
     [
         (("tpu", 128, jnp.bfloat16, 1), "rpa"),
@@ -135,7 +153,10 @@ def test_rpa_refuses_what_the_kernel_does_not_take(rng):
         (("tpu", 64, jnp.bfloat16, 1), "xla"),
         (("tpu", 128, jnp.bfloat16, 3), "xla"),
         (("tpu", 128, jnp.float8_e4m3fn, 2), "xla"),
-        (("gpu", 128, jnp.bfloat16, 1), "xla"),
+        (("gpu", 128, jnp.bfloat16, 3), "cuda"),
+        (("gpu", 128, jnp.float32, 1), "xla"),
+        (("gpu", 64, jnp.bfloat16, 1), "xla"),
+        (("cpu", 128, jnp.bfloat16, 1), "xla"),
     ],
 )
 def test_default_backend(arguments, backend):
