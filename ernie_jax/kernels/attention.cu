@@ -8,6 +8,8 @@
 // second, out^T [dim, query] = values^T weights^T, takes its weights.
 //
 // Which block attends over what is decided on the device, from this step's lengths, by every block alike (`Plan`).
+#include <algorithm>
+
 #include "common.cuh"
 
 namespace ernie {
