@@ -1,9 +1,9 @@
 // The MLP of the chosen experts, and of the shared ones beside them, for up to some hundreds of tokens: each chosen
 // expert's weights are read once.
 //
-// Three stages. `plan` sorts the pairs of a token and one of its experts. `up` computes every pair's hidden row, scaled
-// by its router weight. `down` sums them: for few tokens a block keeps all tokens' sums of a few output columns while it
-// walks through all experts; for more, each pair's row goes to memory and `combine` adds up those of a token.
+// Three stages. `plan` sorts the pairs of a token and one of its experts (a single token needs none). `up` computes every
+// pair's hidden row, scaled by its router weight. For few tokens `walk` keeps all tokens' sums of a few output columns
+// while it passes through all experts; for more, `down` writes each pair's row and `combine` adds up those of a token.
 #include "stream.cuh"
 
 namespace ernie {
@@ -17,7 +17,7 @@ struct Plan {
   int* experts;  // [E] their ids
   int* starts;   // [E + 1] of each expert, by id, the first pair in `pairs`
   int* pairs;    // [T k] pairs (token * k + slot) by expert
-  int* inverse;  // [E, T] the pair of an expert and a token, or -1; only where `down` walks
+  int* inverse;  // [E, T] the pair of an expert and a token, or -1; only where `walk` needs it
 
   __host__ __device__ Plan(int* p, int experts_here, int pairs_all)
       : count(p), experts(p + 1), starts(p + 1 + experts_here), pairs(p + 2 + 2 * experts_here),
@@ -78,9 +78,10 @@ struct Sizes {
 };
 
 // hidden[pair, F] = weight * swiglu(x gate^T, x up^T); a block computes 8 NP columns of one expert's pairs.
-template <int NP, int MT, int STAGES>
-__global__ void __launch_bounds__(kThreads)
-    up_kernel(const bf16* __restrict__ x, const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
+template <int NP, int MT, int STAGES, bool ONE>
+__global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
+    up_kernel(const bf16* __restrict__ x, const int* __restrict__ chosen, const int* __restrict__ first,
+              const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
               const bf16* __restrict__ shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
               Plan plan, Sizes z) {
   constexpr int NT = 2 * NP;
@@ -91,13 +92,22 @@ __global__ void __launch_bounds__(kThreads)
   const bool shared = blockIdx.x < shared_tiles;
   int inner = z.shared, rows = z.tokens, column = blockIdx.x * 8 * NP;
   const int* pairs = nullptr;
+  int pair_of_one = 0;
   const bf16* matrix = shared_gate_up;
   if (!shared) {
     const int group = (blockIdx.x - shared_tiles) / tiles;
-    if (group >= *plan.count) return;
-    const int expert = plan.experts[group];
-    pairs = plan.pairs + plan.starts[expert];
-    rows = plan.starts[expert + 1] - plan.starts[expert];
+    int expert;
+    if (ONE) {  // its pairs are the groups
+      expert = chosen[group] - *first;
+      if (expert < 0 || expert >= z.experts) return;
+      rows = 1;
+    } else {
+      if (group >= *plan.count) return;
+      expert = plan.experts[group];
+      pairs = plan.pairs + plan.starts[expert];
+      rows = plan.starts[expert + 1] - plan.starts[expert];
+    }
+    pair_of_one = group;
     inner = z.inner;
     column = (blockIdx.x - shared_tiles) % tiles * 8 * NP;
     matrix = gate_up + (int64_t)expert * 2 * z.inner * z.width;
@@ -115,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = from + 16 * m + 8 * h + row;
-        lines[m][h] = r < rows ? x + (int64_t)(shared ? r : pairs[r] / z.k) * z.width + offset : nullptr;
+        lines[m][h] = r < rows && !(ONE && h) ? x + (int64_t)(shared || ONE ? r : pairs[r] / z.k) * z.width + offset : nullptr;
       }
     if (from) __syncthreads();
     float acc[MT][NT][4] = {};
@@ -128,40 +138,66 @@ __global__ void __launch_bounds__(kThreads)
         r += from + 16 * m;
         if (r >= rows) return;
         const float value = swiglu(sum(c), sum(8 * NP + c));
-        if (shared)
+        if (shared) {
           shared_hidden[(int64_t)r * inner + column + c] = __float2bfloat16(value);
-        else
-          hidden[(int64_t)pairs[r] * inner + column + c] =
-              __float2bfloat16(value * __bfloat162float(weights[pairs[r]]));
+        } else {
+          const int pair = ONE ? pair_of_one : pairs[r];
+          hidden[(int64_t)pair * inner + column + c] = __float2bfloat16(value * __bfloat162float(weights[pair]));
+        }
       });
     }
   }
 }
 
-// out[t, D] = sum over its pairs of hidden down^T, plus the shared experts'. A block has 8 columns of all tokens; its
-// warps take turns at pieces of 256 of K, over all experts.
-template <int MT>
+// out[t, D] = sum over its pairs of hidden down^T, plus the shared experts', for up to 16 tokens. A block has 8 columns of
+// all tokens; its warps take turns at pieces of 256 of K, over all experts. While a warp multiplies one piece, the
+// weights and the hidden rows of its next are on their way.
+template <bool ONE>
 __global__ void __launch_bounds__(kThreads)
-    walk_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ shared_hidden, const bf16* __restrict__ down,
+    walk_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ shared_hidden,
+                const int* __restrict__ chosen, const int* __restrict__ first, const bf16* __restrict__ down,
                 const bf16* __restrict__ shared_down, bf16* __restrict__ out, Plan plan, Sizes z) {
   constexpr int kSteps = 8;  // of a piece
   __shared__ Room<1, kSteps> room;
+  __shared__ int experts[kMaxExperts], slots[32], count;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4 * 8;
   const int column = blockIdx.x * 8, per_expert = z.inner / 256;
-  const int own = *plan.count * per_expert, all = own + z.shared / 256;
+  if (ONE) {
+    if (warp == 0) {
+      const int expert = lane < z.k ? chosen[lane] - *first : -1;
+      const unsigned here = __ballot_sync(~0u, expert >= 0 && expert < z.experts);
+      if (here >> lane & 1) {
+        const int at = __popc(here & ((1u << lane) - 1));
+        experts[at] = expert;
+        slots[at] = lane;
+      }
+      if (lane == 0) count = __popc(here);
+    }
+  } else {
+    if (threadIdx.x < z.experts) experts[threadIdx.x] = plan.experts[threadIdx.x];
+    if (threadIdx.x == 0) count = *plan.count;
+  }
+  __syncthreads();
+  const int own = count * per_expert, all = own + z.shared / 256;
   uint4(*ring)[1][32] = room.ring[warp];
   auto weights = [&](int piece) {
     if (piece >= own) return shared_down + (int64_t)(column + row) * z.shared + (piece - own) * 256 + place;
-    const int64_t expert = plan.experts[piece / per_expert];
+    const int64_t expert = experts[piece / per_expert];
     return down + (expert * z.width + column + row) * z.inner + piece % per_expert * 256 + place;
   };
-  auto line = [&](int piece, int t) -> const bf16* {
-    if (t >= z.tokens) return nullptr;
-    if (piece >= own) return shared_hidden + (int64_t)t * z.shared + (piece - own) * 256 + place;
-    const int pair = plan.inverse[plan.experts[piece / per_expert] * z.tokens + t];
-    return pair < 0 ? nullptr : hidden + (int64_t)pair * z.inner + piece % per_expert * 256 + place;
+  auto pair_of = [&](int piece, int t) {
+    if (t >= z.tokens || piece >= all) return -1;
+    if (piece >= own) return t;
+    return ONE ? slots[piece / per_expert] : plan.inverse[experts[piece / per_expert] * z.tokens + t];
   };
-  float acc[MT][1][4] = {};
+  auto line = [&](int piece, int pair) -> const bf16* {
+    if (pair < 0) return nullptr;
+    if (piece >= own) return shared_hidden + (int64_t)pair * z.shared + (piece - own) * 256 + place;
+    return hidden + (int64_t)pair * z.inner + piece % per_expert * 256 + place;
+  };
+  float acc[1][4] = {};
+  Lines a[kSteps];
+  int pairs[2] = {};  // of the next piece
   if (warp < all) {
     const bf16* w = weights(warp);
 #pragma unroll
@@ -169,43 +205,31 @@ __global__ void __launch_bounds__(kThreads)
       copy_async(&ring[s][0][lane], w + 32 * s);
       commit_copies();
     }
+    const bf16* const x[2] = {line(warp, pair_of(warp, row)), ONE ? nullptr : line(warp, pair_of(warp, row + 8))};
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) a[s].load(x, 32 * s);
+    for (int h = 0; h < 2; ++h) pairs[h] = pair_of(warp + kWarps, row + 8 * h);
   }
   for (int piece = warp; piece < all; piece += kWarps) {
-    const bf16* x[MT][2];
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      x[m][0] = line(piece, 16 * m + row);
-      x[m][1] = line(piece, 16 * m + row + 8);
-    }
-    const bool more = piece + kWarps < all;
-    const bf16* following = more ? weights(piece + kWarps) : nullptr;
-    Lines next[MT];
-#pragma unroll
-    for (int m = 0; m < MT; ++m) next[m].load(x[m], 0);
+    const int following = piece + kWarps;
+    const bool more = following < all;
+    const bf16* w = more ? weights(following) : nullptr;
+    const bf16* const x[2] = {line(following, pairs[0]), ONE ? nullptr : line(following, pairs[1])};
+    for (int h = 0; h < 2; ++h) pairs[h] = pair_of(following + kWarps, row + 8 * h);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      Lines a[MT];
-#pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        a[m] = next[m];
-        if (s + 1 < kSteps) next[m].load(x[m], 32 * (s + 1));
-      }
       wait_for_copies<kSteps - 1>();
-      const uint4 b = ring[s][0][lane];
-#pragma unroll
-      for (int m = 0; m < MT; ++m) mma32(acc[m][0], a[m].low, a[m].high, b);
-      if (more) copy_async(&ring[s][0][lane], following + 32 * s);
+      mma32(acc[0], a[s].low, a[s].high, ring[s][0][lane]);
+      if (more) {
+        copy_async(&ring[s][0][lane], w + 32 * s);
+        a[s].load(x, 32 * s);
+      }
       commit_copies();
     }
   }
-#pragma unroll
-  for (int m = 0; m < MT; ++m) {
-    if (16 * m >= z.tokens) break;
-    reduce(room, acc[m], 8, [&](int r, int c, auto sum) {
-      r += 16 * m;
-      if (r < z.tokens) out[(int64_t)r * z.width + column + c] = __float2bfloat16(sum(c));
-    });
-  }
+  reduce(room, acc, 8, [&](int r, int c, auto sum) {
+    if (r < z.tokens) out[(int64_t)r * z.width + column + c] = __float2bfloat16(sum(c));
+  });
 }
 
 // rows[pair, D] = hidden[pair] down^T; a block computes 8 NT columns of one expert's pairs.
@@ -266,14 +290,7 @@ __global__ void __launch_bounds__(kThreads)
   to[1] = __floats2bfloat162_rn(sum.z, sum.w);
 }
 
-constexpr int kWalks = 64;  // up to so many tokens `down` walks through the experts
-
-template <int NP, int MT, int STAGES>
-void launch_up(cudaStream_t stream, int groups, const bf16* x, const bf16* weights, const bf16* gate_up,
-               const bf16* shared_gate_up, bf16* hidden, bf16* shared_hidden, Plan plan, Sizes z) {
-  const int blocks = z.shared / (8 * NP) + groups * (z.inner / (8 * NP));
-  up_kernel<NP, MT, STAGES><<<blocks, kThreads, 0, stream>>>(x, weights, gate_up, shared_gate_up, hidden, shared_hidden, plan, z);
-}
+constexpr int kWalks = 16;  // up to so many tokens `down` walks through the experts
 
 ffi::Error experts(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen, ffi::AnyBuffer weights,
                    ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::AnyBuffer first, ffi::AnyBuffer shared_gate_up,
@@ -289,30 +306,28 @@ ffi::Error experts(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen,
   const auto* ids = static_cast<const int*>(chosen.untyped_data());
   const auto* base = static_cast<const int*>(first.untyped_data());
   const bool walks = z.tokens <= kWalks;
-  plan_kernel<<<1, 1024, 0, stream>>>(ids, base, plan, z.tokens, z.k, z.experts, walks);
-  const int groups = z.tokens * z.k < z.experts ? z.tokens * z.k : z.experts;
-  auto up = [&](auto launch) {
-    launch(stream, groups, data(x), data(weights), data(gate_up), data(shared_gate_up), room(hidden),
-           room(shared_hidden), plan, z);
+  if (z.tokens > 1) plan_kernel<<<1, 1024, 0, stream>>>(ids, base, plan, z.tokens, z.k, z.experts, walks);
+  const int groups = z.tokens * z.k < z.experts || z.tokens == 1 ? z.tokens * z.k : z.experts;
+  auto up = [&](auto kernel, int columns) {
+    const int blocks = z.shared / columns + groups * (z.inner / columns);
+    kernel<<<blocks, kThreads, 0, stream>>>(data(x), ids, base, data(weights), data(gate_up), data(shared_gate_up),
+                                            room(hidden), room(shared_hidden), plan, z);
   };
-  if (z.tokens <= 16)
-    up(launch_up<1, 1, 5>);
-  else if (z.tokens <= 64)
-    up(launch_up<2, 1, 3>);
-  else
-    up(launch_up<2, 2, 3>);
-  if (walks) {
-    auto walk = [&](auto kernel) {
-      kernel<<<z.width / 8, kThreads, 0, stream>>>(room(hidden), room(shared_hidden), data(down), data(shared_down),
-                                                   room(out), plan, z);
-    };
-    if (z.tokens <= 16)
-      walk(walk_kernel<1>);
-    else if (z.tokens <= 32)
-      walk(walk_kernel<2>);
-    else
-      walk(walk_kernel<4>);
+  auto walk = [&](auto kernel) {
+    kernel<<<z.width / 8, kThreads, 0, stream>>>(room(hidden), room(shared_hidden), ids, base, data(down),
+                                                 data(shared_down), room(out), plan, z);
+  };
+  if (z.tokens == 1) {
+    up(up_kernel<1, 1, 5, true>, 8);
+    walk(walk_kernel<true>);
+  } else if (walks) {
+    up(up_kernel<1, 1, 5, false>, 8);
+    walk(walk_kernel<false>);
   } else {
+    if (z.tokens <= 64)
+      up(up_kernel<2, 1, 3, false>, 16);
+    else
+      up(up_kernel<2, 2, 3, false>, 16);
     auto* sums = static_cast<float*>(rows->untyped_data());
     down_kernel<4, 2, 3><<<groups * (z.width / 32), kThreads, 0, stream>>>(room(hidden), data(down), sums, plan, z);
     const dim3 grid((z.width / 4 + kThreads - 1) / kThreads, z.tokens);

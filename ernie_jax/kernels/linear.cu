@@ -32,7 +32,7 @@ ffi::Error linear(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::
   if (n >= 16384)
     linear_kernel<2, 5><<<n / 16, kThreads, 0, stream>>>(xp, wp, op, tokens, n, k);
   else
-    linear_kernel<1, 10><<<n / 8, kThreads, 0, stream>>>(xp, wp, op, tokens, n, k);
+    linear_kernel<1, 5><<<n / 8, kThreads, 0, stream>>>(xp, wp, op, tokens, n, k);
   return launch_status("linear");
 }
 

@@ -37,6 +37,7 @@ __device__ __forceinline__ void accumulate(Room<NT, STAGES>& room, float (&acc)[
                                            const bf16* const (&x)[MT][2], int steps, int live) {
   uint4(*ring)[NT][32] = room.ring[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
+  Lines a[STAGES][MT];
   auto fetch = [&](int step, int stage) {
     if (step < steps) {
 #pragma unroll
@@ -46,28 +47,29 @@ __device__ __forceinline__ void accumulate(Room<NT, STAGES>& room, float (&acc)[
   };
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) fetch(s, s);
-  Lines next[MT];
 #pragma unroll
-  for (int m = 0; m < MT; ++m) next[m].load(x[m], 0);
-  int stage = 0;
-  for (int s = 0; s < steps; ++s) {
-    Lines a[MT];
-    const int ahead = min(s + 1, steps - 1) * 32;
+  for (int s = 0; s < STAGES; ++s)
 #pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      a[m] = next[m];
-      next[m].load(x[m], ahead);
+    for (int m = 0; m < MT; ++m) a[s][m].load(x[m], min(s, steps - 1) * 32);
+  for (int from = 0; from < steps; from += STAGES) {
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) {
+      wait_for_copies<STAGES - 1>();
+      if (from + s < steps) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          const uint4 b = ring[s][n][lane];
+#pragma unroll
+          for (int m = 0; m < MT; ++m)
+            if (m < live) mma32(acc[m][n], a[s][m].low, a[s][m].high, b);
+        }
+        if (from + s + STAGES < steps) {
+#pragma unroll
+          for (int m = 0; m < MT; ++m) a[s][m].load(x[m], (from + s + STAGES) * 32);
+        }
+      }
+      fetch(from + s + STAGES, s);
     }
-    wait_for_copies<STAGES - 1>();
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const uint4 b = ring[stage][n][lane];
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-        if (m < live) mma32(acc[m][n], a[m].low, a[m].high, b);
-    }
-    fetch(s + STAGES, stage);
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
 }
 

@@ -60,14 +60,15 @@ def default_expert_backend(
 
     Few tokens read only the experts they chose, unless this shard has no more than those; some tens to hundreds read
     every expert once; more are sorted, unless they choose half of all experts anyway: on TPUs for the grouped product
-    that JAX brings ("gmm"), elsewhere in "blocks". On GPUs our kernels ("cuda") take up to some hundreds of tokens of
-    the sizes that they know; Hopper GPUs sort more for a kernel of ours ("mosaic").
+    that JAX brings ("gmm"), elsewhere in "blocks". On GPUs our kernels ("cuda") take a few and some hundreds of tokens
+    of the sizes that they know; Hopper GPUs sort more for a kernel of ours ("mosaic").
 
     Args:
       local_experts, experts: how many this shard has, and how many there are; None: enough to make no difference.
       width, inner, dtype: D, F and the dtype of the weights.
     """
-    if platform == "gpu" and tokens <= 256 and experts_problem(width, inner, local_experts or 0, dtype) is None:
+    streams = tokens <= FEW or 128 < tokens <= 512  # between, where nearly all experts are read anyway, "dense" wins
+    if platform == "gpu" and streams and experts_problem(width, inner, local_experts or 0, dtype) is None:
         return "cuda"
     if tokens * k <= min(8, local_experts or 8):
         return "gather"

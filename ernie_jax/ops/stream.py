@@ -49,7 +49,7 @@ def by_stream(x, chosen, weights, gate_up, down, first_expert, shared=None):
     if shared is None:
         shared = jnp.zeros((2, 0, width), x.dtype), jnp.zeros((width, 0), x.dtype)
     shared_inner = shared[0].shape[1]
-    walks = tokens <= 64  # of experts.cu: then no pair's row goes to memory
+    walks = tokens <= 16  # kWalks of experts.cu: then no pair's row goes to memory
     scratch = 2 + 2 * experts + tokens * k + (experts * tokens if walks else 0)
     out, *_ = kernels.call(
         "ernie_experts",
