@@ -261,7 +261,7 @@ template <int M>
 constexpr int kOwned = (M + kSplits - 1) / kSplits;
 
 template <int M>
-__global__ void __launch_bounds__(kThreads) cluster_kernel(Problem p) {
+__global__ void __launch_bounds__(kThreads, 1) cluster_kernel(Problem p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ float4 memory[];
   float* shared = reinterpret_cast<float*>(memory);
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(Problem p) {
 }
 
 template <int M>
-__global__ void __launch_bounds__(kThreads) partial_kernel(Problem p) {
+__global__ void __launch_bounds__(kThreads, 1) partial_kernel(Problem p) {
   extern __shared__ float4 memory[];
   const int rank = blockIdx.x % kSplits, first = blockIdx.x / kSplits * M;
   partial_logits<M>(

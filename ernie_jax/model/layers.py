@@ -18,10 +18,12 @@ from ernie_jax.config import ModelConfig
 from ernie_jax.ops import (
     default_expert_backend,
     default_linear_backend,
-    einsum,
+    default_router_backend,
     exchange_mlp,
     grouped_mlp,
     linear,
+    rms_norm,
+    route,
     swiglu,
     takes_shared,
 )
@@ -37,16 +39,17 @@ def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype, init:
 
 
 class Backends(NamedTuple):
-    """Which backends compute the experts and the linear layers and which moves tokens; names of `ops`' tables.
+    """Which backends compute experts, linear layers and routers and which moves tokens; names of `ops`' tables.
 
     Attributes:
-      experts, linear: None chooses by `platform`, the number of tokens and the shapes.
+      experts, linear, router: None chooses by `platform`, the number of tokens and the shapes.
     """
 
     experts: str | None = None
     exchange: str = "padded"
     linear: str | None = None
     platform: str = "cpu"
+    router: str | None = None
 
 
 DEFAULT_BACKENDS = Backends()
@@ -119,9 +122,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D]
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * scale).astype(x.dtype) * self.weight[...]
+        return rms_norm(x, self.weight[...], self.epsilon)
 
 
 def rotary_angles(positions: jax.Array, config: ModelConfig) -> jax.Array:
@@ -212,13 +213,12 @@ class Router(nnx.Module):
         self.k = config.moe_k
         self.norm_min = config.moe_norm_min
 
-    def __call__(self, x: jax.Array) -> Routing:  # [T, D]
-        logits = einsum("td,ed->te", x.astype(jnp.float32), self.weight[...])
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        _, experts = jax.lax.top_k(probabilities + self.correction_bias[...], self.k)
-        weights = jnp.take_along_axis(probabilities, experts, axis=-1)
-        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), self.norm_min)
-        return Routing(experts, weights.astype(x.dtype), probabilities)
+    def __call__(self, x: jax.Array, backends: Backends = DEFAULT_BACKENDS) -> Routing:  # [T, D]
+        weight, bias = self.weight[...], self.correction_bias[...]
+        backend = backends.router
+        if backend is None:
+            backend = default_router_backend(backends.platform, *x.shape, len(weight), self.k, x.dtype)
+        return Routing(*route(x, weight, bias, self.k, self.norm_min, backend))
 
 
 class Experts(nnx.Module):
@@ -301,7 +301,7 @@ class MoE(nnx.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
-            routing = self.router(tokens)
+            routing = self.router(tokens, backends)
         with jax.named_scope("experts"):
             experts = routing.experts
             if live is not None and len(tokens) > 1:  # a single token is no padding

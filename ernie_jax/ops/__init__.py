@@ -17,7 +17,9 @@ from ernie_jax.ops.experts import (
     grouped_mlp,
     takes_shared,
 )
+from ernie_jax.ops.norm import rms_norm
 from ernie_jax.ops.precision import LINEAR_BACKENDS, default_linear_backend, einsum, linear, swiglu
+from ernie_jax.ops.router import ROUTER_BACKENDS, default_router_backend, norm_route, route
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -25,19 +27,24 @@ __all__ = [
     "EXCHANGE_BACKENDS",
     "EXPERT_BACKENDS",
     "LINEAR_BACKENDS",
+    "ROUTER_BACKENDS",
     "RaggedBatch",
     "check_attention_backend",
     "default_attention_backend",
     "default_exchange_backend",
     "default_expert_backend",
     "default_linear_backend",
+    "default_router_backend",
     "einsum",
     "embed",
     "exchange_mlp",
     "grouped_mlp",
     "linear",
+    "norm_route",
     "packed_attention",
     "paged_attention",
+    "rms_norm",
+    "route",
     "swiglu",
     "takes_shared",
 ]

@@ -73,8 +73,8 @@ def reference(config, routing):
 def forward_with_leads(model, tokens):
     seen = []
 
-    def record(layer, x):
-        out = type(layer).__call__(layer, x)
+    def record(layer, x, backends):
+        out = type(layer).__call__(layer, x, backends)
         scores = jnp.sort(out.probabilities + layer.correction_bias[...], axis=-1)
         seen.append(scores[:, -layer.k] - scores[:, -layer.k - 1])
         return out

@@ -1,0 +1,104 @@
+"""Router: which k experts each token goes to, and with which weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ernie_jax import kernels
+from ernie_jax.errors import UserError
+from ernie_jax.ops.norm import rms_norm
+from ernie_jax.ops.precision import einsum
+
+_SPLITS = 8  # of router.cu
+
+
+def route(
+    x: jax.Array,  # [T, D]
+    weight: jax.Array,  # [E, D] float32
+    correction_bias: jax.Array,  # [E] float32
+    k: int,
+    norm_min: float,
+    backend: str = "xla",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Choose the k largest of softmax(weight x) + correction_bias, all in float32; of equals the lower id.
+
+    Args:
+      norm_min: the least that a token's chosen probabilities are divided by, instead of their sum.
+      backend: a name of ROUTER_BACKENDS; only "xla" has a gradient.
+
+    Returns:
+      experts [T, k] int32, best first; their weights [T, k] in the dtype of `x`, which add up to 1 and know no bias;
+      probabilities [T, E] float32.
+
+    Raises:
+      UserError: if the backend does not take these shapes or dtypes.
+    """
+    return ROUTER_BACKENDS[backend](x, None, 0.0, weight, correction_bias, k, norm_min)[1:]
+
+
+def norm_route(
+    x: jax.Array,  # [T, D]
+    norm_weight: jax.Array,  # [D]
+    epsilon: float,
+    weight: jax.Array,
+    correction_bias: jax.Array,
+    k: int,
+    norm_min: float,
+    backend: str = "xla",
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return h = rms_norm(x, norm_weight, epsilon) and what `route` makes of h."""
+    return ROUTER_BACKENDS[backend](x, norm_weight, epsilon, weight, correction_bias, k, norm_min)
+
+
+def default_router_backend(platform: str, tokens: int, width: int, experts: int, k: int, dtype: jnp.dtype) -> str:
+    """Choose a backend: on GPUs our kernel for up to some hundreds of tokens, where it takes the shapes."""
+    few = tokens <= 512
+    return "cuda" if platform == "gpu" and few and router_problem(width, experts, k, dtype) is None else "xla"
+
+
+def router_problem(width: int, experts: int, k: int, dtype: jnp.dtype) -> str | None:
+    """Say what the kernel does not take, if anything; `dtype` is that of x."""
+    if dtype != jnp.bfloat16:
+        return f"takes bfloat16, not {jnp.dtype(dtype).name}"
+    if width % 128:
+        return f"takes multiples of 128, not a width of {width}"
+    if experts > 256 or k > min(16, experts):
+        return f"takes up to 16 of up to 256 experts, not {k} of {experts}"
+    return None
+
+
+def _xla(x, norm_weight, epsilon, weight, correction_bias, k, norm_min):
+    """The reference."""
+    h = x if norm_weight is None else rms_norm(x, norm_weight, epsilon)
+    logits = einsum("td,ed->te", h.astype(jnp.float32), weight)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    _, experts = jax.lax.top_k(probabilities + correction_bias, k)
+    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), norm_min)
+    return h, experts, weights.astype(x.dtype), probabilities
+
+
+def _cuda(x, norm_weight, epsilon, weight, correction_bias, k, norm_min, clusters=True):
+    """One kernel; without clusters two, as on GPUs that have none."""
+    tokens, width = x.shape
+    experts = len(weight)
+    if problem := router_problem(width, experts, k, x.dtype):
+        raise UserError(f"router backend cuda {problem}; use router backend xla")
+    out = [
+        jax.ShapeDtypeStruct((tokens, k), jnp.int32),
+        jax.ShapeDtypeStruct((tokens, k), x.dtype),
+        jax.ShapeDtypeStruct((tokens, experts), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, _SPLITS, experts), jnp.float32),
+    ]
+    options = {"norm_min": float(norm_min), "clusters": int(clusters)}
+    if norm_weight is None:
+        *routing, _ = kernels.call("ernie_route", out, x, weight, correction_bias, **options)
+        return x, *routing
+    out.insert(0, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    options["epsilon"] = float(epsilon)
+    *routing, _ = kernels.call("ernie_norm_route", out, x, norm_weight, weight, correction_bias, **options)
+    return tuple(routing)
+
+
+ROUTER_BACKENDS = {"xla": _xla, "cuda": _cuda}
