@@ -63,7 +63,13 @@ def grouped_product(
     width = tiling.columns // gates  # of the output, per warpgroup
     across = 2 if tiling.split == "columns" else 1  # warpgroups side by side
     block = tiling.block
-    if count % block or outputs % (width * across) or inner % _INNER or inner // _INNER < tiling.steps:
+    if (
+        count % block
+        or outputs % (width * across)
+        or width % _EPILOGUE
+        or inner % _INNER
+        or inner // _INNER < tiling.steps
+    ):
         raise ValueError(f"{tiling} does not divide rows {rows.shape} and weights {weight.shape}")
     column_tiles, turns = outputs // (width * across), inner // _INNER
 

@@ -1,0 +1,359 @@
+"""Check and time the ops of prefill at the 21B model's sizes on one Hopper GPU: experts and attention of many tokens.
+
+    python benchmarks/prefill_ops.py [experts] [attention] [sweep] [pieces] [kept]
+
+Without arguments all parts run, the most important first. Each is a process of its own with a time limit, so that a
+kernel that hangs costs only its part, and each row stands for itself: one that fails says so. Errors are those of a few
+tokens or rows against float64. TFLOP/s count what the routing and the causal mask ask for, not padding.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ernie_jax.ops import ATTENTION_BACKENDS, RaggedBatch, prefill_attention
+from ernie_jax.ops.blocks import sort_pairs
+from ernie_jax.ops.mosaic import RaggedTiles, Tiles, by_mosaic, rank_pairs
+
+D, F, E, TOP, KV, GROUP, HEAD, PAGE = 2560, 1536, 64, 6, 4, 5, 128, 128
+BOUND = 6e-3  # bfloat16 in and out, hidden values rounded up to four times
+LIMITS = {"experts": 150, "attention": 180, "sweep": 240, "pieces": 120, "kept": 200}  # seconds
+
+
+def seconds(call, inner: int = 10, repeats: int = 3) -> float:
+    """Return the time of a call that returns arrays: the median over batches of calls that queue up."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(inner):
+            out = call()
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / inner)
+    return float(np.median(times))
+
+
+def normal(seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
+    make = jax.jit(lambda key: (jax.random.normal(key, shape, jnp.bfloat16) * scale).astype(jnp.bfloat16))
+    return make(jax.random.key(seed))
+
+
+def distance(out, expected) -> float:
+    out = np.asarray(out, np.float64)
+    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
+
+
+def guarded(row):
+    """Print what a row returns, or why it failed."""
+
+    @functools.wraps(row)
+    def run(*args):
+        try:
+            print(row(*args), flush=True)
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            which = [arg for arg in args if isinstance(arg, str | int | tuple)]
+            print(f"  {which} FAILED {text[:300]}", flush=True)
+
+    return run
+
+
+def verdict(error: float) -> str:
+    return f"error {error:.1e}" + ("" if error < BOUND else " WRONG")
+
+
+def draw(tokens: int):
+    """Return x, chosen and weights of evenly routed tokens."""
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    chosen = np.argsort(rng.random((tokens, E)), axis=1)[:, :TOP].astype(np.int32)
+    weights = jnp.asarray(rng.dirichlet(np.ones(TOP), size=tokens), jnp.bfloat16)
+    return normal(int(rng.integers(1 << 30)), (tokens, D), 1), jnp.asarray(chosen), weights
+
+
+@functools.cache
+def expert_weights():
+    return normal(1, (E, 2, F, D), D**-0.5), normal(2, (E, D, F), F**-0.5)
+
+
+def expected_mlp(x, chosen, weights, gate_up, down, tokens):
+    """Return the float64 result of a few tokens."""
+    x, weights = np.asarray(x[tokens], np.float64), np.asarray(weights[tokens], np.float64)
+    out = np.zeros_like(x)
+    for row, experts in enumerate(np.asarray(chosen)[np.asarray(tokens)]):
+        for slot, e in enumerate(experts):
+            gate, up = np.asarray(gate_up[e], np.float64) @ x[row]
+            out[row] += weights[row, slot] * (np.asarray(down[e], np.float64) @ (gate / (1 + np.exp(-gate)) * up))
+    return out
+
+
+def pair_flops(pairs: int, rows: int, inner: int) -> float:
+    return 2.0 * pairs * rows * inner
+
+
+KEPT = (RaggedTiles(128, 192, 64, 4, 4), RaggedTiles(128, 128, 64, 4, 4))
+
+
+def experts():
+    print("experts, all of the backend: sort, gather, both products, weighted sum")
+
+    @guarded
+    def row(name, tokens, tiles):
+        x, chosen, weights = draw(tokens)
+        run = jax.jit(functools.partial(by_mosaic, first_expert=0, tiles=tiles))
+        arguments = x, chosen, weights, *expert_weights()
+        out = run(*arguments)
+        some = np.random.default_rng().choice(tokens, 6, replace=False)
+        error = distance(out[some], expected_mlp(*arguments, some))
+        spent = seconds(lambda: run(*arguments))
+        flops = pair_flops(tokens * TOP, 3 * F, D)
+        return (
+            f"  {name:5} {tokens:6} tokens {spent * 1e3:8.3f} ms {flops / spent / 1e12:6.0f} TFLOP/s {verdict(error)}"
+        )
+
+    for tokens in (2048, 8192, 16384):
+        row("ours", tokens, None)
+        row("kept", tokens, KEPT)
+
+
+def ours_case(pairs: int, tiles: Tiles, gates: int):
+    """Return (jitted call, its arguments, check of its result) of one product of ours."""
+    from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
+
+    tiling = Tiling(*tiles)
+    chosen = np.asarray(draw(pairs // TOP)[1]).reshape(-1)
+    blocks = -(-np.bincount(chosen, minlength=E) // tiling.block)
+    most = pairs // tiling.block + E
+    of_block = np.append(np.repeat(np.arange(E), blocks), np.zeros(most - blocks.sum())).astype(np.int32)
+    gate_up, down = expert_weights()
+    weight = gate_up if gates == 2 else down[:, None]
+    rows = normal(3, (most * tiling.block, weight.shape[-1]), 1)
+    live = jnp.asarray([blocks.sum()], jnp.int32)
+    run = jax.jit(functools.partial(grouped_product, tiling=tiling))
+
+    def check(out):
+        some = np.random.default_rng().choice(blocks.sum() * tiling.block, 4, replace=False)
+        expected = []
+        for i in some:
+            y = np.asarray(weight[of_block[i // tiling.block]], np.float64) @ np.asarray(rows[i], np.float64)
+            expected.append(y[0] / (1 + np.exp(-y[0])) * y[1] if gates == 2 else y[0])
+        return distance(out[some], np.stack(expected))
+
+    return run, (rows, weight, jnp.asarray(of_block), live), check
+
+
+def kept_case(pairs: int, tiles: RaggedTiles, gates: int):
+    """Return the same of one product of JAX's kernel."""
+    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
+
+    chosen = np.sort(np.asarray(draw(pairs // TOP)[1]).reshape(-1))
+    gate_up, down = expert_weights()
+    weight = gate_up.reshape(E, 2 * F, D) if gates == 2 else down
+    rows = normal(3, (pairs, weight.shape[-1]), 1)
+    sizes = jnp.asarray(np.bincount(chosen, minlength=E), jnp.int32)
+    run = jax.jit(lambda rows, weight, sizes: ragged_dot(
+        rows, weight, group_sizes=sizes, transpose_rhs=True, **tiles._asdict()
+    ))  # fmt: skip
+
+    def check(out):
+        some = np.random.default_rng().choice(pairs, 4, replace=False)
+        expected = [np.asarray(weight[chosen[i]], np.float64) @ np.asarray(rows[i], np.float64) for i in some]
+        return distance(out[some], np.stack(expected))
+
+    return run, (rows, weight, sizes), check
+
+
+def search(case, candidates):
+    """Compile all candidates of a size at once, then check and time each; print the best two last."""
+    expert_weights()
+    for pairs in (49152, 12288, 98304):
+        for gates, name, outputs in ((2, "gate and up", 2 * F), (1, "down", D)):
+            inner = D if gates == 2 else F
+            flops, found = pair_flops(pairs, outputs, inner), []
+
+            def prepare(tiles, pairs=pairs, gates=gates):
+                run, arguments, check = case(pairs, tiles, gates)
+                return run.lower(*arguments).compile(), arguments, check
+
+            with concurrent.futures.ThreadPoolExecutor(6) as pool:
+                compiled = {tiles: pool.submit(prepare, tiles) for tiles in candidates(gates)}
+            for tiles, future in compiled.items():
+
+                @guarded
+                def row(tiles, future, pairs=pairs, name=name, flops=flops, found=found):
+                    run, arguments, check = future.result()
+                    error = check(run(*arguments))
+                    spent = seconds(lambda: run(*arguments))
+                    if error < BOUND:
+                        found.append((spent, tiles))
+                    speed = f"{spent * 1e6:7.0f} us {flops / spent / 1e12:5.0f} TFLOP/s"
+                    return f"  {pairs:6} pairs {name:11} ({', '.join(map(str, tiles))}) {speed} {verdict(error)}"
+
+                row(tiles, future)
+            compiled.clear()
+            for spent, tiles in sorted(found)[:2]:
+                print(f"BEST {pairs} pairs {name}: {tiles} {flops / spent / 1e12:.0f} TFLOP/s", flush=True)
+
+
+def sweep():
+    print("our grouped product: rows, columns, split, steps, band")
+
+    def candidates(gates):
+        bands = (12, 6, 3) if gates == 2 else (10, 5, 2)
+        return [
+            *(Tiles(64, 256, "rows", 4, band) for band in bands),
+            *(Tiles(128, 128, "columns", 4, band) for band in bands[:2]),
+            *(Tiles(128, 128, "rows", 4, band) for band in (24, 8)),
+            Tiles(64, 128, "rows", 6, 12),
+            Tiles(64, 128, "columns", 4, 12),
+        ]
+
+    search(ours_case, candidates)
+
+
+def kept():
+    print("JAX's ragged_dot: block_m, block_n, block_k, max_concurrent_steps, grid_block_n")
+
+    def candidates(gates):
+        columns = ((192, 4), (192, 16), (128, 8), (256, 4)) if gates == 2 else ((128, 4), (128, 20), (256, 5))
+        return [RaggedTiles(128, n, 64, 4, band) for n, band in columns] + [RaggedTiles(64, 256, 64, 4, 4)]
+
+    search(kept_case, candidates)
+
+
+def pieces():
+    print("pieces of the experts' backend; each one many times in one program, inputs differing")
+    times = 20
+
+    @guarded
+    def row(name, tokens, function, inputs):
+        run = jax.jit(lambda inputs: jax.lax.map(function, inputs))
+        spent = seconds(lambda: run(inputs), inner=3) / times
+        return f"  {tokens:6} tokens {name:24} {spent * 1e6:8.1f} us"
+
+    def by_cumsum(chosen):
+        one_hot = (chosen.reshape(-1)[:, None] == jnp.arange(E)).astype(jnp.int32)
+        before = jnp.cumsum(one_hot, axis=0)
+        return (before * one_hot).sum(1) - 1, before[-1]
+
+    for tokens in (2048, 8192, 16384):
+        chosen = jnp.stack([draw(tokens)[1] for _ in range(times)])
+        row("sort: argsort", tokens, lambda chosen: sort_pairs(chosen, E)[1:], chosen)
+        row("sort: cumsum of one-hot", tokens, by_cumsum, chosen)
+        row("sort: counts of 128", tokens, lambda chosen: rank_pairs(chosen, E), chosen)
+        token = jax.random.randint(jax.random.key(0), (times, tokens * TOP), 0, tokens)
+        x = normal(5, (tokens, D), 1)
+
+        def gather(token, x=x):
+            return jax.lax.optimization_barrier(x.at[token].get(mode="promise_in_bounds"))[::997]
+
+        row("gather of rows", tokens, gather, token)
+        place = jnp.stack([jax.random.permutation(key, tokens * TOP) for key in jax.random.split(jax.random.key(1), 4)])
+        place = jnp.tile(place, (times // 4, 1)).reshape(times, tokens, TOP)
+        out = normal(6, (tokens * TOP, D), 1)
+
+        def total(place, out=out):
+            parts = (out.at[place[:, slot]].get(mode="fill", fill_value=0).astype(jnp.float32) for slot in range(TOP))
+            return jax.lax.optimization_barrier(sum(parts).astype(jnp.bfloat16))[::997]
+
+        row("weighted sum", tokens, total, place)
+
+
+def sequences(cases: list[tuple[int, int]], padding: int = 0):
+    """Return q, pages and the batch of sequences of (cached before, new) tokens."""
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    news, ends = np.array([new for _, new in cases]), np.array([sum(case) for case in cases])
+    width = -(-ends.max() // PAGE)
+    pages = len(cases) * width + 1
+    table = rng.permutation(pages - 1).reshape(len(cases), width)
+    total = news.sum() + padding
+    batch = RaggedBatch(
+        positions=np.concatenate([*(np.arange(end - new, end) for new, end in zip(news, ends, strict=True)),
+                                  np.zeros(padding, int)]).astype(np.int32),
+        rows=np.append(np.repeat(np.arange(len(cases)), news), np.full(padding, len(cases))).astype(np.int32),
+        starts=np.append(0, np.cumsum(news)).astype(np.int32),
+        kv_lengths=ends.astype(np.int32),
+        page_table=table.astype(np.int32),
+        max_query=int(total if len(cases) == 1 else news.max()),
+    )  # fmt: skip
+    q = normal(int(rng.integers(1 << 30)), (total, KV, GROUP, HEAD), 1)
+    return q, normal(int(rng.integers(1 << 30)), (pages, PAGE, 2 * KV, HEAD), 1), jax.tree.map(jnp.asarray, batch)
+
+
+def expected_attention(q, pages, batch, tokens):
+    """Return the float64 result of a few tokens."""
+    out = []
+    for token in tokens:
+        row, position = int(batch.rows[token]), int(batch.positions[token])
+        kv = np.asarray(pages[batch.page_table[row]], np.float64).reshape(-1, KV, 2, HEAD)[: position + 1]
+        scores = np.einsum("krh,skh->krs", np.asarray(q[token], np.float64), kv[:, :, 0]) * HEAD**-0.5
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out.append(np.einsum("krs,skh->krh", weights / weights.sum(-1, keepdims=True), kv[:, :, 1]))
+    return np.stack(out)
+
+
+def attention():
+    print("attention of prefill, gathers included; mosaic: block, steps")
+
+    @guarded
+    def row(name, cases, padding, route, tiles):
+        q, pages, batch = sequences(cases, padding)
+        prefill_attention.BLOCK, prefill_attention.STEPS = tiles or (128, 2)
+        call = functools.partial(prefill_attention.prefill, route=route)
+        run = jax.jit(ATTENTION_BACKENDS["xla"] if route == "xla" else call)
+        out = run(q, pages, batch)
+        live = sum(new for _, new in cases)
+        some = np.append(np.random.default_rng().choice(live, 8), [0, live - 1])
+        error = distance(out[some], expected_attention(q, pages, batch, some))
+        if not bool(jnp.isfinite(out).all()):
+            error = float("inf")
+        spent = seconds(lambda: run(q, pages, batch), inner=5)
+        flops = sum(4.0 * KV * GROUP * HEAD * (new * cached + new * (new + 1) / 2) for cached, new in cases)
+        speed = flops / spent / 1e12
+        label = f"{route} {tiles or ''}"
+        return f"  {name:26} {label:16} {spent * 1e3:8.3f} ms {speed:6.0f} TFLOP/s {verdict(error)}"
+
+    shapes = [
+        ("1 x 8192", [(0, 8192)], 0),
+        ("1 x 2048", [(0, 2048)], 0),
+        ("1 x 8192 after 24576", [(24576, 8192)], 0),
+        ("8 x 2048", [(0, 2048)] * 8, 0),
+        ("ragged, padded", [(0, 1000), (77, 300), (5000, 129), (0, 128), (640, 1)], 50),
+        ("1 x 777 after 100, padded", [(100, 777)], 1271),
+    ]
+    for shape in shapes:
+        row(*shape, "mosaic", (128, 2))
+        row(*shape, "cudnn", None)
+    for shape in shapes[:4]:
+        for tiles in ((128, 3), (64, 3), (64, 4)):
+            row(*shape, "mosaic", tiles)
+    row(*shapes[1], "xla", None)
+
+
+PARTS = {part.__name__: part for part in (experts, attention, sweep, pieces, kept)}
+
+
+def main() -> None:
+    if os.environ.get("PREFILL_OPS_PART"):
+        PARTS[os.environ["PREFILL_OPS_PART"]]()
+        return
+    for part in sys.argv[1:] or PARTS:
+        environment = {**os.environ, "PREFILL_OPS_PART": part}
+        start = time.perf_counter()
+        try:
+            code = subprocess.run([sys.executable, __file__], env=environment, timeout=LIMITS[part]).returncode
+        except subprocess.TimeoutExpired:
+            code = "out of time"
+        print(f"{part}: {'done' if code == 0 else code} after {time.perf_counter() - start:.0f} s\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
