@@ -81,9 +81,10 @@ def test_norm_route(tokens, rng):
     run = jax.jit(norm_route, static_argnums=(2, 5, 6, 7))
     h, *routing = run(x * 3, norm, EPSILON, weight, bias, 6, NORM_MIN, "cuda")
     expected = np.asarray(rms_norm(x * 3, norm, EPSILON), np.float64)
-    # Another order of the sum can turn a rounding before the product with the weight and one after it.
+    # Another order of the sum can turn a rounding before the product with the weight and one after it: rarely, but then
+    # of all elements of a token with the same mantissa.
     np.testing.assert_allclose(np.asarray(h, np.float64), expected, rtol=2**-6)
-    assert (np.asarray(h, np.float64) != expected).mean() < 1e-3
+    assert (np.asarray(h, np.float64) != expected).mean() < 0.05
     check(h, weight, bias, 6, *routing)
 
 
