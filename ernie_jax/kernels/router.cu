@@ -62,7 +62,7 @@ __device__ __forceinline__ float sum_of_warp(float v) {
 // 1 / root mean square of a row, by a warp.
 __device__ float inverse_rms(const bf16* row, int width, float epsilon) {
   float sum = 0;
-#pragma unroll 5
+#pragma unroll 10
   for (int i = threadIdx.x % 32 * 4; i < width; i += 128) {
     const float4 v = load4(row + i);
     add_product(sum, v, v);
@@ -269,12 +269,12 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(Problem p) {
   float* bias = inbox + kOwned<M> * kSplits * p.count;  // [E]
   auto cluster = cg::this_cluster();
   const int rank = cluster.block_rank(), first = blockIdx.x / kSplits * M;
-  auto arrival = cluster.barrier_arrive();
+  __cluster_barrier_arrive_relaxed();
   partial_logits<M>(
       p, rank, first, shared,
       [&] {
         if (threadIdx.x < p.count) bias[threadIdx.x] = p.bias[threadIdx.x];
-        cluster.barrier_wait(std::move(arrival));  // a block that has not started has no shared memory to write to
+        __cluster_barrier_wait();  // a block that has not started has no shared memory to write to
       },
       [&](int t, int e, float sum) {
         *cluster.map_shared_rank(inbox + (t / kSplits * kSplits + rank) * p.count + e, t % kSplits) = sum;
