@@ -63,7 +63,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "ops",
         [],
-        "backends of ops, as experts=dense,attention=xla,linear=xla,exchange=padded; default: by platform and shape",
+        "backends of ops, as experts=dense,attention=xla,linear=xla,router=xla,exchange=padded; default: by platform and shape",
         flag_values=values,
     )
     define_layout_flags(values)
@@ -210,7 +210,8 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
 
 def _backends(ops: list[str]) -> dict[str, str]:
     """Turn OP=BACKEND pairs into fields of EngineOptions, which checks the backends' names."""
-    fields = {op: f"{op}_backend" for op in ("attention", "exchange", "linear")} | {"experts": "expert_backend"}
+    fields = {op: f"{op}_backend" for op in ("attention", "exchange", "linear", "router")}
+    fields["experts"] = "expert_backend"
     chosen = {}
     for pair in ops:
         op, _, backend = pair.partition("=")

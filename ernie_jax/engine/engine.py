@@ -24,13 +24,13 @@ from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, Samp
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
-from ernie_jax.ops import ATTENTION_BACKENDS, EXCHANGE_BACKENDS, EXPERT_BACKENDS, LINEAR_BACKENDS
+from ernie_jax.ops import ATTENTION_BACKENDS, EXCHANGE_BACKENDS, EXPERT_BACKENDS, LINEAR_BACKENDS, ROUTER_BACKENDS
 from ernie_jax.sharding import PRESETS, Layout
 
 FinishReason = Literal["stop", "length"]
 
 # Kernels for one kind of chip; the other backends run everywhere.
-_PLATFORMS = {"rpa": ("tpu",), "gmm": ("tpu",), "ragged": ("tpu", "gpu"), "cuda": ("gpu",)}
+_PLATFORMS = {"rpa": ("tpu",), "gmm": ("tpu",), "ragged": ("tpu", "gpu"), "cuda": ("gpu",), "mosaic": ("gpu",)}
 _STEPS_AHEAD = 2
 _PREFILL_ROWS = 8  # of a data group
 
@@ -42,12 +42,13 @@ class EngineOptions:
     Attributes:
       cache_tokens: tokens that the KV cache holds over all sequences; None takes what fits in the device's memory.
       max_sequences: sequences decoded at the same time.
-      prefill_chunk: most prompt tokens of a step; None takes 2048 on a GPU, else 512.
+      prefill_chunk: most prompt tokens of a step; None takes 8192 on a GPU, else 512.
       page_size: tokens of a cache page.
       expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by platform and number of tokens.
       attention_backend: a name of ops.ATTENTION_BACKENDS; None chooses by platform.
       exchange_backend: a name of ops.EXCHANGE_BACKENDS; None chooses by platform.
       linear_backend: a name of ops.LINEAR_BACKENDS; None chooses by platform and shape.
+      router_backend: a name of ops.ROUTER_BACKENDS; None chooses by platform and shape.
     """
 
     cache_tokens: int | None = None
@@ -58,6 +59,7 @@ class EngineOptions:
     attention_backend: str | None = None
     exchange_backend: str | None = None
     linear_backend: str | None = None
+    router_backend: str | None = None
 
     def __post_init__(self):
         for name in ("cache_tokens", "max_sequences", "prefill_chunk", "page_size"):
@@ -69,6 +71,7 @@ class EngineOptions:
             "attention": ATTENTION_BACKENDS,
             "exchange": EXCHANGE_BACKENDS,
             "linear": LINEAR_BACKENDS,
+            "router": ROUTER_BACKENDS,
         }
         for op, backends in known.items():
             backend = getattr(self, f"{op}_backend")
@@ -114,8 +117,9 @@ class _InFlight:
 
 def default_prefill_chunk(platform: str) -> int:
     """Return how many prompt tokens a step takes at most."""
+    # On a GPU, long chunks keep the grouped products busy: 591 TFLOP/s at 8,192 tokens, 407 at 2,048 (H200).
     # On a TPU, XLA's scatter of 2,048 tokens changes the layout of the whole cache; that of 512 does not.
-    return 2048 if platform == "gpu" else 512
+    return 8192 if platform == "gpu" else 512
 
 
 class Engine:
@@ -144,7 +148,7 @@ class Engine:
         if not PRESETS[layout.preset].serves:
             raise UserError(f"--sharding={layout.preset} is for training; choose another to generate")
         options = options or EngineOptions()
-        ops = ("expert", "attention", "exchange", "linear")
+        ops = ("expert", "attention", "exchange", "linear", "router")
         backends = {f"{op}_backend": getattr(options, f"{op}_backend") for op in ops}
         for backend in backends.values():
             if backend in _PLATFORMS and layout.platform not in _PLATFORMS[backend]:
@@ -200,6 +204,7 @@ class Engine:
         words = [f"attention: {step.attention_backend}"]
         if self.config.is_moe:
             words.append(f"experts: {step.backends.experts or 'by tokens'}")
+            words.append(f"router: {step.backends.router or 'by tokens'}")
         words.append(f"linear: {step.backends.linear or 'by tokens'}")
         if step.exchanges:
             words.append(f"exchange: {step.backends.exchange}")

@@ -43,6 +43,7 @@ class DeviceStep:
         attention_backend: str | None = None,
         exchange_backend: str | None = None,
         linear_backend: str | None = None,
+        router_backend: str | None = None,
     ):
         """Prepare the steps of a model whose weights lie as `layout` says; abstract weights allow `lower` only.
 
@@ -57,7 +58,7 @@ class DeviceStep:
         self.attention_backend = attention_backend or default_attention_backend(platform, *heads)
         check_attention_backend(self.attention_backend, *heads)
         exchange_backend = exchange_backend or default_exchange_backend(platform)
-        self.backends = Backends(expert_backend, exchange_backend, linear_backend, platform)
+        self.backends = Backends(expert_backend, exchange_backend, linear_backend, platform, router_backend)
         shard = layout.shard()
         self.exchanges = shard.exchanges
         graphdef, state = nnx.split(model)

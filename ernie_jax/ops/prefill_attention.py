@@ -10,7 +10,7 @@ from ernie_jax.ops.decode_attention import decode_problem
 from ernie_jax.ops.mosaic import capability
 
 # Of "mosaic": cached positions looked at together, and how many such blocks are in flight. From
-# benchmarks/prefill_ops.py on an H100.
+# benchmarks/prefill_ops.py on an H200.
 BLOCK, STEPS = 128, 2
 _LEAST_BLOCK = 64  # which pages must be a multiple of
 _TILE = 128  # queries of a tile
