@@ -307,8 +307,7 @@ def attention():
     def row(name, cases, padding, route, tiles):
         q, pages, batch = sequences(cases, padding)
         prefill_attention.BLOCK, prefill_attention.STEPS = tiles or (128, 2)
-        call = functools.partial(prefill_attention.prefill, route=route)
-        run = jax.jit(ATTENTION_BACKENDS["xla"] if route == "xla" else call)
+        run = jax.jit(ATTENTION_BACKENDS["xla"] if route == "xla" else prefill_attention.prefill)
         out = run(q, pages, batch)
         live = sum(new for _, new in cases)
         some = np.append(np.random.default_rng().choice(live, 8), [0, live - 1])
@@ -331,7 +330,6 @@ def attention():
     ]
     for shape in shapes:
         row(*shape, "mosaic", (128, 2))
-        row(*shape, "cudnn", None)
     for shape in shapes[:4]:
         for tiles in ((128, 3), (64, 3), (64, 4)):
             row(*shape, "mosaic", tiles)

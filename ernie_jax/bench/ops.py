@@ -22,9 +22,7 @@ class TracedOps:
 
     def __init__(self):
         self._seen: dict[str, dict[int, set[str]]] = {
-            op: collections.defaultdict(set)
-            for op, table in _TABLES.items()
-            if all(map(callable, table.values()))
+            op: collections.defaultdict(set) for op, table in _TABLES.items() if all(map(callable, table.values()))
         }
 
     @contextlib.contextmanager

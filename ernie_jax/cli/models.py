@@ -59,11 +59,12 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("random_weights", False, "draw weights instead of loading them", flag_values=values)
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
     flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
-    flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (GPU 2048, else 512)", flag_values=values)
+    flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (GPU 8192, else 512)", flag_values=values)
     flags.DEFINE_list(
         "ops",
         [],
-        "backends of ops, as experts=dense,attention=xla,linear=xla,router=xla,exchange=padded; default: by platform and shape",
+        "backends of ops, as experts=dense,attention=xla,linear=xla,router=xla,exchange=padded; default: by platform "
+        "and shape",
         flag_values=values,
     )
     define_layout_flags(values)

@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from ernie_jax.errors import UserError
 from ernie_jax.ops.decode_attention import MOST_TOKENS, decode_attention, decode_problem
 from ernie_jax.ops.precision import einsum
-from ernie_jax.ops.prefill_attention import prefill
+from ernie_jax.ops.prefill_attention import prefill, takes_prefill
 
 _BLOCK = 2048  # cached positions that one step of the online softmax looks at
 _MASKED = -1e30  # finite, so that a fully masked row gives a finite (and unused) result instead of NaN
@@ -204,8 +204,12 @@ def _rpa_problem(head_dim: int, dtype: jnp.dtype, kv_heads: int) -> str | None:
     return None
 
 
+def _cuda(q, pages, batch):
+    return prefill(q, pages, batch) if takes_prefill(pages.shape[1]) else _xla(q, pages, batch)
+
+
 # Attention over pages that hold the new keys and values already; a decode step of "cuda" is one kernel with the write.
-ATTENTION_BACKENDS = {"xla": _xla, "rpa": _rpa, "cuda": prefill}
+ATTENTION_BACKENDS = {"xla": _xla, "rpa": _rpa, "cuda": _cuda}
 
 
 def packed_attention(

@@ -71,10 +71,9 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("route", ["mosaic", "cudnn"])
 @pytest.mark.parametrize("page_size", [64, 128])
 @pytest.mark.parametrize(("runs", "padding"), STEPS)
-def test_attention(runs, padding, page_size, route, rng):
+def test_attention(runs, padding, page_size, rng):
     kv_heads, group, head_dim = 2, 5, 128
     news, ends = np.array([new for _, new in runs]), np.array([sum(run) for run in runs])
     width, rows = -(-ends.max() // page_size) + 1, len(runs) + (len(runs) > 1)  # one row may be unused
@@ -90,7 +89,7 @@ def test_attention(runs, padding, page_size, route, rng):
     batch = RaggedBatch(*arrays, max_query=int(total if len(runs) == 1 else news.max()))
     pages = jnp.asarray(rng.normal(size=(rows * width + 1, page_size, 2 * kv_heads, head_dim)), jnp.bfloat16)
     q = jnp.asarray(rng.normal(size=(total, kv_heads, group, head_dim)), jnp.bfloat16)
-    out = np.asarray(jax.jit(functools.partial(prefill, route=route))(q, pages, batch), np.float64)
+    out = np.asarray(jax.jit(prefill)(q, pages, batch), np.float64)
     assert np.isfinite(out).all()
     wide, pages = np.asarray(q, np.float64), np.asarray(pages, np.float64)
     for index, (cached, new) in enumerate(runs):
