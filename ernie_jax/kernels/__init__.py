@@ -100,7 +100,7 @@ def find_nvcc() -> tuple[str, list[str]]:
     if nvcc is None:
         raise UserError(
             "no nvcc to compile the CUDA kernels with: pip install 'ernie-jax[cuda]', or set CUDA_HOME; without them, "
-            "--ops=attention=xla,experts=dense,linear=xla,router=xla runs on any GPU"
+            "--ops=attention=xla,experts=blocks,linear=xla,router=xla runs on any GPU"
         )
     home = pathlib.Path(nvcc).resolve().parent.parent
     return nvcc, [str(path) for path in (home / "lib64", home / "lib") if path.is_dir()]
