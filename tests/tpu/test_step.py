@@ -89,7 +89,7 @@ def while_travelling(text, way):
             if computing is not None:
                 found.append(computing)
             computing = None if computing is not None else False
-        elif computing is not None and "/mlp/shared/" in line and re.search(r" (fusion|convolution|dot)\(", line):
+        elif computing is not None and "/shared/" in line and re.search(r" (fusion|convolution|dot)\(", line):
             computing = True
     return found
 
