@@ -38,6 +38,7 @@ class Tiling(NamedTuple):
         return self.rows * (2 if self.split == "rows" else 1)
 
 
+@functools.partial(jax.jit, static_argnames=("tiling", "interpret"))  # so that all layers share one lowering
 def grouped_product(
     rows: jax.Array,  # [M, K]
     weight: jax.Array,  # [E, 1 or 2, N, K]

@@ -19,6 +19,7 @@ ROWS = 64  # queries of a warpgroup
 TILE = 2 * ROWS
 
 
+@functools.partial(jax.jit, static_argnames=("out_rows", "block", "steps", "interpret"))  # one lowering for all layers
 def attend_tiles(
     q: jax.Array,  # [T, N, H]
     pages: jax.Array,  # [P, page_size, 2K, H]
