@@ -128,6 +128,11 @@ class Layout:
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
 
+    @property
+    def capability(self) -> str | None:
+        """Return the compute capability of its GPUs, as in "9.0"; they need not be here."""
+        return getattr(self.mesh.devices.flat[0], "compute_capability", None)
+
     def size(self, logical: str) -> int:
         """Return the number of shards of a logical axis."""
         return math.prod(self.mesh.shape[axis] for axis in self.table[logical])

@@ -16,6 +16,7 @@ from flax import nnx
 from ernie_jax.engine.batching import Step, StepShape, pack, packed_sizes, unpack
 from ernie_jax.engine.cache import PAGE_AXES
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, record_tokens, sample, write_rows
+from ernie_jax.kernels import compiling_for
 from ernie_jax.model import Backends, Ernie, GroupRows
 from ernie_jax.ops import (
     check_attention_backend,
@@ -125,8 +126,9 @@ class DeviceStep:
             def attend(q, k, v, cache):
                 return packed_attention(q[None], k[None], v[None], jnp.zeros((1, length), jnp.int32))[0], cache
 
-            out = model(tokens, jnp.arange(length), attend, backends=self.backends, shard=shard, rows=window)
-            return model.logits(whole(out.hidden, window, length), self.backends)
+            with compiling_for(layout.capability):
+                out = model(tokens, jnp.arange(length), attend, backends=self.backends, shard=shard, rows=window)
+                return model.logits(whole(out.hidden, window, length), self.backends)
 
         def whole(hidden, window, tokens):
             """Return the hidden states of all tokens, also where each group keeps its own."""
@@ -139,13 +141,14 @@ class DeviceStep:
 
             @functools.partial(jax.jit, static_argnames="shape", donate_argnames="pages")
             def call(leaves, pages, *args, shape):
-                return jax.shard_map(
-                    functools.partial(function, shape=shape),
-                    mesh=layout.mesh,
-                    in_specs=(specs, page_spec, *inputs),
-                    out_specs=(output, page_spec),
-                    check_vma=False,  # Pallas kernels carry no varying-axes types
-                )(leaves, pages, *args)
+                with compiling_for(layout.capability):
+                    return jax.shard_map(
+                        functools.partial(function, shape=shape),
+                        mesh=layout.mesh,
+                        in_specs=(specs, page_spec, *inputs),
+                        out_specs=(output, page_spec),
+                        check_vma=False,  # Pallas kernels carry no varying-axes types
+                    )(leaves, pages, *args)
 
             return call
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import contextvars
 import ctypes
 import functools
 import hashlib
@@ -13,7 +15,7 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from ernie_jax.errors import UserError
 from ernie_jax.paths import cache_directory
 
 _SOURCES = pathlib.Path(__file__).parent
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("capability", default=None)
 
 
 def call(name: str, out, *args: jax.Array, aliases: dict[int, int] | None = None, **attributes: int | float):
@@ -35,17 +38,34 @@ def call(name: str, out, *args: jax.Array, aliases: dict[int, int] | None = None
     Raises:
       UserError: if the kernels cannot be compiled here.
     """
-    _register(name, _capability())
+    _register(name, capability().replace(".", ""))
     attributes = {
         key: np.float32(value) if isinstance(value, float) else np.int64(value) for key, value in attributes.items()
     }
     return jax.ffi.ffi_call(name, out, input_output_aliases=aliases)(*args, **attributes)
 
 
+@contextlib.contextmanager
+def compiling_for(capability: str | None) -> Iterator[None]:
+    """Choose the compute capability that programs traced within are for, as in "9.0"; None: this process' GPUs'."""
+    token = _target.set(capability)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def capability() -> str | None:
+    """Return the compute capability of the GPUs that are compiled for, as in "9.0"; None without any."""
+    return _target.get() or _local_capability()
+
+
 @functools.cache
-def _capability() -> str:
-    """Return the compute capability of this machine's GPUs without a dot, as in sm_90."""
-    return jax.local_devices(backend="gpu")[0].compute_capability.replace(".", "")
+def _local_capability() -> str | None:
+    try:
+        return jax.local_devices(backend="gpu")[0].compute_capability
+    except RuntimeError:
+        return None
 
 
 @functools.cache

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ernie_jax.errors import UserError
+from ernie_jax.kernels import capability
 from ernie_jax.ops.precision import swiglu
 
 
@@ -53,15 +53,6 @@ def mosaic_problem(width: int, inner: int, dtype: jnp.dtype) -> str | None:
     if capability() != "9.0":
         return f"is for GPUs of compute capability 9.0, not {capability()}"
     return None
-
-
-@functools.cache
-def capability() -> str | None:
-    """Return the compute capability of this process' GPUs, as in "9.0"; None without one."""
-    try:
-        return jax.local_devices(backend="gpu")[0].compute_capability
-    except RuntimeError:
-        return None
 
 
 def by_mosaic(x, chosen, weights, gate_up, down, first_expert, tiles=None, interpret=None):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from ernie_jax.errors import UserError
+from ernie_jax.kernels import capability
 from ernie_jax.ops.decode_attention import decode_problem
-from ernie_jax.ops.mosaic import capability
 
 # Cached positions looked at together, and how many such blocks are in flight. From
 # benchmarks/prefill_ops.py on an H200.

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ernie_jax.kernels import capability
 from ernie_jax.ops import RaggedBatch, grouped_mlp
-from ernie_jax.ops.mosaic import capability
 from ernie_jax.ops.prefill_attention import prefill
 
 pytestmark = [
