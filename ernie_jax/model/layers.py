@@ -273,8 +273,10 @@ class Experts(nnx.Module):
                 backend=backends.exchange,
             )
             return add_shared(y)
-        if shared is not None and not shared.biased and takes_shared(choose(len(x)), len(x)):
-            return compute(x, experts, weights, (shared.gate_up.weight[...], shared.down.weight[...]))
+        if shared is not None and not shared.biased:
+            along = shared.gate_up.weight[...], shared.down.weight[...]
+            if takes_shared(choose(len(x)), len(x), down.shape[-1], along[1].shape[-1]):
+                return compute(x, experts, weights, along)
         return add_shared(compute(x, experts, weights))
 
 
