@@ -402,8 +402,7 @@ __global__ void __launch_bounds__(32 * kWarps<NT>, kBlocksPerSm) decode_kernel(c
   __shared__ int first[kMostTokens + 1];
   __shared__ Plan plan;
   __shared__ bool last;
-  extern __shared__ uint4 memory[];
-  Room<NT>* rooms = reinterpret_cast<Room<NT>*>(memory);
+  Room<NT>* rooms = dynamic_shared<Room<NT>>();
   const int longest = count_tiles<kWarps<NT>>(step, first);
   if (threadIdx.x == 0) plan = make_plan(step, first[step.tokens], longest);
   __syncthreads();
@@ -453,10 +452,8 @@ __global__ void __launch_bounds__(32 * kWarps<NT>, kBlocksPerSm) decode_kernel(c
 }
 
 template <int NT>
-ffi::Error launch(cudaStream_t stream, const Step& step, int blocks) {
-  constexpr int kBytes = kWarps<NT> * sizeof(Room<NT>);
-  cudaFuncSetAttribute(decode_kernel<NT>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  decode_kernel<NT><<<blocks, 32 * kWarps<NT>, kBytes, stream>>>(step);
+ffi::Error run(cudaStream_t stream, const Step& step, int blocks) {
+  launch(stream, decode_kernel<NT>, {blocks, 32 * kWarps<NT>, kWarps<NT> * sizeof(Room<NT>)}, step);
   return launch_status("decode attention");
 }
 
@@ -484,7 +481,7 @@ ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::
   const int64_t pieces = (step.width * (step.page_size / kTile) + kLeastTiles - 1) / kLeastTiles;
   const int64_t ranges = std::min<int64_t>(step.tokens * pieces, most / step.kv_heads);
   const int blocks = std::max<int64_t>(ranges, 1) * step.kv_heads;
-  return step.group <= 8 ? launch<1>(stream, step, blocks) : launch<2>(stream, step, blocks);
+  return step.group <= 8 ? run<1>(stream, step, blocks) : run<2>(stream, step, blocks);
 }
 
 }  // namespace

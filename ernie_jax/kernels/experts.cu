@@ -306,16 +306,16 @@ ffi::Error experts(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen,
   const auto* ids = static_cast<const int*>(chosen.untyped_data());
   const auto* base = static_cast<const int*>(first.untyped_data());
   const bool walks = z.tokens <= kWalks;
-  if (z.tokens > 1) plan_kernel<<<1, 1024, 0, stream>>>(ids, base, plan, z.tokens, z.k, z.experts, walks);
+  if (z.tokens > 1) launch(stream, plan_kernel, {1, 1024}, ids, base, plan, z.tokens, z.k, z.experts, walks);
   const int groups = z.tokens * z.k < z.experts || z.tokens == 1 ? z.tokens * z.k : z.experts;
   auto up = [&](auto kernel, int columns) {
     const int blocks = z.shared / columns + groups * (z.inner / columns);
-    kernel<<<blocks, kThreads, 0, stream>>>(data(x), ids, base, data(weights), data(gate_up), data(shared_gate_up),
-                                            room(hidden), room(shared_hidden), plan, z);
+    launch(stream, kernel, {blocks, kThreads}, data(x), ids, base, data(weights), data(gate_up), data(shared_gate_up),
+           room(hidden), room(shared_hidden), plan, z);
   };
   auto walk = [&](auto kernel) {
-    kernel<<<z.width / 8, kThreads, 0, stream>>>(room(hidden), room(shared_hidden), ids, base, data(down),
-                                                 data(shared_down), room(out), plan, z);
+    launch(stream, kernel, {z.width / 8, kThreads}, room(hidden), room(shared_hidden), ids, base, data(down),
+           data(shared_down), room(out), plan, z);
   };
   if (z.tokens == 1) {
     up(up_kernel<1, 1, 5, true>, 8);
@@ -329,9 +329,9 @@ ffi::Error experts(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen,
     else
       up(up_kernel<2, 2, 3, false>, 16);
     auto* sums = static_cast<float*>(rows->untyped_data());
-    down_kernel<4, 2, 3><<<groups * (z.width / 32), kThreads, 0, stream>>>(room(hidden), data(down), sums, plan, z);
+    launch(stream, down_kernel<4, 2, 3>, {groups * (z.width / 32), kThreads}, room(hidden), data(down), sums, plan, z);
     const dim3 grid((z.width / 4 + kThreads - 1) / kThreads, z.tokens);
-    combine_kernel<<<grid, kThreads, 0, stream>>>(sums, ids, base, room(out), z);
+    launch(stream, combine_kernel, {grid, kThreads}, sums, ids, base, room(out), z);
   }
   return launch_status("experts");
 }

@@ -30,9 +30,9 @@ ffi::Error linear(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::
   auto* wp = static_cast<const bf16*>(w.untyped_data());
   auto* op = static_cast<bf16*>(out->untyped_data());
   if (n >= 16384)
-    linear_kernel<2, 5><<<n / 16, kThreads, 0, stream>>>(xp, wp, op, tokens, n, k);
+    launch(stream, linear_kernel<2, 5>, {n / 16, kThreads}, xp, wp, op, tokens, n, k);
   else
-    linear_kernel<1, 5><<<n / 8, kThreads, 0, stream>>>(xp, wp, op, tokens, n, k);
+    launch(stream, linear_kernel<1, 5>, {n / 8, kThreads}, xp, wp, op, tokens, n, k);
   return launch_status("linear");
 }
 

@@ -263,8 +263,7 @@ constexpr int kOwned = (M + kSplits - 1) / kSplits;
 template <int M>
 __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(Problem p) {
 #if __CUDA_ARCH__ >= 900
-  extern __shared__ float4 memory[];
-  float* shared = reinterpret_cast<float*>(memory);
+  float* shared = dynamic_shared<float>();
   float* inbox = shared + kSharedBytes<M> / 4;                // [kOwned, kSplits, E]
   float* bias = inbox + kOwned<M> * kSplits * p.count;  // [E]
   auto cluster = cg::this_cluster();
@@ -296,10 +295,9 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(Problem p) {
 
 template <int M>
 __global__ void __launch_bounds__(kThreads, 1) partial_kernel(Problem p) {
-  extern __shared__ float4 memory[];
   const int rank = blockIdx.x % kSplits, first = blockIdx.x / kSplits * M;
   partial_logits<M>(
-      p, rank, first, reinterpret_cast<float*>(memory), [] {},
+      p, rank, first, dynamic_shared<float>(), [] {},
       [&](int t, int e, float sum) { p.scratch[((int64_t)(first + t) * kSplits + rank) * p.count + e] = sum; });
 }
 
@@ -320,47 +318,39 @@ __global__ void __launch_bounds__(32 * kChoosers) choose_kernel(Problem p) {
 }
 
 template <int M>
-constexpr int shared_bytes(int experts) {
+constexpr size_t shared_bytes(int experts) {
   return kSharedBytes<M> + 4 * (kOwned<M> * kSplits + 1) * experts;
 }
 
 template <int M>
-void launch(cudaStream_t stream, const Problem& p, bool clusters) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = kSplits;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kSplits * ((p.tokens + M - 1) / M));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = clusters ? shared_bytes<M>(p.count) : kSharedBytes<M>;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = clusters;
-  auto* kernel = clusters ? cluster_kernel<M> : partial_kernel<M>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.dynamicSmemBytes);
-  if (cudaLaunchKernelEx(&config, kernel, p) == cudaSuccess && !clusters)
-    choose_kernel<<<(p.tokens + kChoosers - 1) / kChoosers, 32 * kChoosers, 0, stream>>>(p);
+void run(cudaStream_t stream, const Problem& p, bool clusters) {
+  const int blocks = kSplits * ((p.tokens + M - 1) / M);
+  if (clusters) {
+    launch(stream, cluster_kernel<M>, {blocks, kThreads, shared_bytes<M>(p.count), kSplits}, p);
+    return;
+  }
+  launch(stream, partial_kernel<M>, {blocks, kThreads, kSharedBytes<M>}, p);
+  launch(stream, choose_kernel, {(p.tokens + kChoosers - 1) / kChoosers, 32 * kChoosers}, p);
 }
 
 // Tokens of a cluster: as few as keep at most eight clusters busy, since a GPU's processors come in about as many
 // neighbourhoods and each reads all the weights anyway.
-ffi::Error launch(cudaStream_t stream, const Problem& p, bool may_cluster) {
+ffi::Error run(cudaStream_t stream, const Problem& p, bool may_cluster) {
   int device = 0, capability = 0, room = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const bool clusters = may_cluster && capability >= 9;
   if (p.tokens <= 8)
-    launch<1>(stream, p, clusters);
+    run<1>(stream, p, clusters);
   else if (p.tokens <= 16)
-    launch<2>(stream, p, clusters);
+    run<2>(stream, p, clusters);
   else if (p.tokens <= 32)
-    launch<4>(stream, p, clusters);
+    run<4>(stream, p, clusters);
   else if (p.tokens <= 64 || room < shared_bytes<16>(p.count))
-    launch<8>(stream, p, clusters);
+    run<8>(stream, p, clusters);
   else
-    launch<16>(stream, p, clusters);
+    run<16>(stream, p, clusters);
   return launch_status("router");
 }
 
@@ -388,7 +378,7 @@ ffi::Error route(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, f
                      (int)experts->dimensions()[1],
                      norm_min,
                      0};
-  return launch(stream, p, clusters);
+  return run(stream, p, clusters);
 }
 
 ffi::Error norm_route(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer weight,
@@ -410,7 +400,7 @@ ffi::Error norm_route(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm
                      (int)experts->dimensions()[1],
                      norm_min,
                      epsilon};
-  return launch(stream, p, clusters);
+  return run(stream, p, clusters);
 }
 
 }  // namespace
