@@ -47,8 +47,8 @@ def call(name: str, out, *args: jax.Array, aliases: dict[int, int] | None = None
 
 @contextlib.contextmanager
 def compiling_for(capability: str | None) -> Iterator[None]:
-    """Choose the compute capability that programs traced within are for, as in "9.0"; None: this process' GPUs'."""
-    token = _target.set(capability)
+    """Choose the compute capability that programs traced within are for, as in "9.0"; None leaves it as it is."""
+    token = _target.set(capability or _target.get())
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def compiling_for(capability: str | None) -> Iterator[None]:
 
 
 def capability() -> str | None:
-    """Return the compute capability of the GPUs that are compiled for, as in "9.0"; None without any."""
+    """Return the compute capability of the GPUs that are compiled for, by default this process's; None without any."""
     return _target.get() or _local_capability()
 
 

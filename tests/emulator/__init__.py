@@ -67,10 +67,8 @@ def emulated(
         seed = int(os.environ.get("ERNIE_EMULATOR_SEED") or int.from_bytes(os.urandom(4), "little"))
     library = build(tuple(sources) or tuple(sorted(_KERNELS.glob("*.cu"))))
     _load(library).emulator_configure(_ORDERS.index(order), ctypes.c_uint64(seed), processors)
-    with (
-        mock.patch.object(kernels, "_capability", lambda: str(library)),
-        mock.patch.object(kernels, "_register", _register),
-    ):
+    register = functools.partial(_register, library)
+    with kernels.compiling_for("9.0"), mock.patch.object(kernels, "_register", register):
         yield
 
 
@@ -80,8 +78,8 @@ def _load(library: pathlib.Path) -> ctypes.CDLL:
 
 
 @functools.cache
-def _register(name: str, library: str) -> None:
-    handler = getattr(_load(pathlib.Path(library)), name)
+def _register(library: pathlib.Path, name: str, capability: str) -> None:
+    handler = getattr(_load(library), name)
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
 
 
