@@ -24,7 +24,14 @@ from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, Samp
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
-from ernie_jax.ops import ATTENTION_BACKENDS, EXCHANGE_BACKENDS, EXPERT_BACKENDS, LINEAR_BACKENDS, ROUTER_BACKENDS
+from ernie_jax.ops import (
+    ATTENTION_BACKENDS,
+    EXCHANGE_BACKENDS,
+    EXPERT_BACKENDS,
+    HALVES,
+    LINEAR_BACKENDS,
+    ROUTER_BACKENDS,
+)
 from ernie_jax.sharding import PRESETS, Layout
 
 FinishReason = Literal["stop", "length"]
@@ -49,6 +56,7 @@ class EngineOptions:
       exchange_backend: a name of ops.EXCHANGE_BACKENDS; None chooses by platform.
       linear_backend: a name of ops.LINEAR_BACKENDS; None chooses by platform and shape.
       router_backend: a name of ops.ROUTER_BACKENDS; None chooses by platform and shape.
+      halves_backend: a name of ops.HALVES; None chooses by platform, unless a backend of a part is asked for.
     """
 
     cache_tokens: int | None = None
@@ -60,6 +68,7 @@ class EngineOptions:
     exchange_backend: str | None = None
     linear_backend: str | None = None
     router_backend: str | None = None
+    halves_backend: str | None = None
 
     def __post_init__(self):
         for name in ("cache_tokens", "max_sequences", "prefill_chunk", "page_size"):
@@ -72,6 +81,7 @@ class EngineOptions:
             "exchange": EXCHANGE_BACKENDS,
             "linear": LINEAR_BACKENDS,
             "router": ROUTER_BACKENDS,
+            "halves": HALVES,
         }
         for op, backends in known.items():
             backend = getattr(self, f"{op}_backend")
@@ -148,7 +158,7 @@ class Engine:
         if not PRESETS[layout.preset].serves:
             raise UserError(f"--sharding={layout.preset} is for training; choose another to generate")
         options = options or EngineOptions()
-        ops = ("expert", "attention", "exchange", "linear", "router")
+        ops = ("expert", "attention", "exchange", "linear", "router", "halves")
         backends = {f"{op}_backend": getattr(options, f"{op}_backend") for op in ops}
         for backend in backends.values():
             if backend in _PLATFORMS and layout.platform not in _PLATFORMS[backend]:
@@ -206,6 +216,8 @@ class Engine:
             words.append(f"experts: {step.backends.experts or 'by tokens'}")
             words.append(f"router: {step.backends.router or 'by tokens'}")
         words.append(f"linear: {step.backends.linear or 'by tokens'}")
+        if step.backends.takes_halves:
+            words.append("halves of layers: cuda for few tokens")
         if step.exchanges:
             words.append(f"exchange: {step.backends.exchange}")
         return " · ".join(words)

@@ -171,7 +171,24 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Room<1, kSteps> room;
   __shared__ int experts[kMaxExperts], slots[32], count;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4 * 8;
-  const int column = blockIdx.x * 8, per_expert = z.inner / 256;
+  const int column = blockIdx.x * 8, per_expert = z.inner / 256, beside = z.shared / 256;
+  uint4(*ring)[1][32] = room.ring[warp];
+  auto weights = [&](int piece) {
+    if (piece < beside) return shared_down + (int64_t)(column + row) * z.shared + piece * 256 + place;
+    piece -= beside;
+    const int64_t expert = experts[piece / per_expert];
+    return down + (expert * z.width + column + row) * z.inner + piece % per_expert * 256 + place;
+  };
+  auto fetch_first = [&] {
+    const bf16* w = weights(warp);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      copy_async(&ring[s][0][lane], w + 32 * s);
+      commit_copies();
+    }
+  };
+  if (warp < beside) fetch_first();  // the shared experts' come first: they are known before the others are chosen
+  wait_for_previous();
   if (ONE) {
     if (warp == 0) {
       const int expert = lane < z.k ? chosen[lane] - *first : -1;
@@ -184,38 +201,27 @@ __global__ void __launch_bounds__(kThreads)
       if (lane == 0) count = __popc(here);
     }
   } else {
-    if (threadIdx.x < z.experts) experts[threadIdx.x] = plan.experts[threadIdx.x];
     if (threadIdx.x == 0) count = *plan.count;
+    if (threadIdx.x < z.experts) experts[threadIdx.x] = plan.experts[threadIdx.x];
   }
   __syncthreads();
-  const int own = count * per_expert, all = own + z.shared / 256;
-  uint4(*ring)[1][32] = room.ring[warp];
-  auto weights = [&](int piece) {
-    if (piece >= own) return shared_down + (int64_t)(column + row) * z.shared + (piece - own) * 256 + place;
-    const int64_t expert = experts[piece / per_expert];
-    return down + (expert * z.width + column + row) * z.inner + piece % per_expert * 256 + place;
-  };
+  const int all = beside + count * per_expert;
   auto pair_of = [&](int piece, int t) {
     if (t >= z.tokens || piece >= all) return -1;
-    if (piece >= own) return t;
-    return ONE ? slots[piece / per_expert] : plan.inverse[experts[piece / per_expert] * z.tokens + t];
+    if (piece < beside) return t;
+    const int at = (piece - beside) / per_expert;
+    return ONE ? slots[at] : plan.inverse[experts[at] * z.tokens + t];
   };
   auto line = [&](int piece, int pair) -> const bf16* {
     if (pair < 0) return nullptr;
-    if (piece >= own) return shared_hidden + (int64_t)pair * z.shared + (piece - own) * 256 + place;
-    return hidden + (int64_t)pair * z.inner + piece % per_expert * 256 + place;
+    if (piece < beside) return shared_hidden + (int64_t)pair * z.shared + piece * 256 + place;
+    return hidden + (int64_t)pair * z.inner + (piece - beside) % per_expert * 256 + place;
   };
   float acc[1][4] = {};
   Lines a[kSteps];
   int pairs[2] = {};  // of the next piece
   if (warp < all) {
-    const bf16* w = weights(warp);
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      copy_async(&ring[s][0][lane], w + 32 * s);
-      commit_copies();
-    }
-    wait_for_previous();
+    if (warp >= beside) fetch_first();
     const bf16* const x[2] = {line(warp, pair_of(warp, row)), ONE ? nullptr : line(warp, pair_of(warp, row + 8))};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) a[s].load(x, 32 * s);
