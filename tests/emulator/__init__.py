@@ -52,7 +52,11 @@ def problem() -> str | None:
 
 @contextlib.contextmanager
 def emulated(
-    order: str = "shuffled", seed: int | None = None, processors: int = 8, sources: Sequence[pathlib.Path] = ()
+    order: str = "shuffled",
+    seed: int | None = None,
+    processors: int = 8,
+    unwritten: bool = False,
+    sources: Sequence[pathlib.Path] = (),
 ) -> Iterator[None]:
     """Let `kernels.call` run the kernels on the CPU.
 
@@ -61,12 +65,13 @@ def emulated(
         runs as far as it can.
       seed: of a shuffled order; by default $ERNIE_EMULATOR_SEED or a fresh one, which an error's message names.
       processors: multiprocessors of the GPU.
+      unwritten: let kernels read shared memory that nobody has written; it is NaN.
       sources: .cu files, instead of the project's.
     """
     if seed is None:
         seed = int(os.environ.get("ERNIE_EMULATOR_SEED") or int.from_bytes(os.urandom(4), "little"))
     library = build(tuple(sources) or tuple(sorted(_KERNELS.glob("*.cu"))))
-    _load(library).emulator_configure(_ORDERS.index(order), ctypes.c_uint64(seed), processors)
+    _load(library).emulator_configure(_ORDERS.index(order), ctypes.c_uint64(seed), processors, unwritten)
     with (
         mock.patch.object(kernels, "_capability", lambda: str(library)),
         mock.patch.object(kernels, "_register", _register),
