@@ -199,7 +199,7 @@ def check_decode(rng, lengths, kv_heads=4, group=5, page_size=128, score=1.0):
     outs = []
     updated = jnp.asarray(pages).reshape(count, page_size, 2 * kv_heads, H)
     for _ in range(2):  # the second launch writes the same again, and finds the counters as the first left them
-        if jax.default_backend() == "gpu":  # poison where results are likely to come to lie; the emulator does it itself
+        if jax.default_backend() == "gpu":  # poison where results are likely to come to lie; the emulator does so
             jnp.full((64 << 20,), jnp.nan, jnp.bfloat16).block_until_ready()
         out, updated = run(q, k, v, updated, batch, backend="cuda")
         outs.append(np.asarray(out))

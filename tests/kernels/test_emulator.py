@@ -34,7 +34,7 @@ FOUND = {
     "kMisaligned": "an address that is not aligned as its type",
     "kLanesMissing": r"a shuffle from lane \d+, which takes no part",
     "kOtherBarrier": "divergence: .* at __syncthreads",
-    "kWarpAtOtherPlace": r"divergence: this lane is at __shfl_sync \(broken.cu:\d+\), others of its warp at __shfl_sync",
+    "kWarpAtOtherPlace": r"divergence: this lane is at __shfl_sync \(broken.cu:\d+\), others .* at __shfl_sync",
     "kDeadlock": r"deadlock: .* threads 7 wait at __syncthreads \(broken.cu:\d+\)",
     "kMmaDiverges": "(mma without some lanes|divergence|deadlock)",
     "kNoBarrierAfterAtomic": "race: ",
