@@ -13,7 +13,6 @@ namespace emulator {
 namespace {
 
 std::mutex mutex;  // one handler at a time
-const char* handler_name = "";
 std::string error, last_error;
 std::map<const void*, size_t> granted;  // dynamic shared memory of kernels
 int processors = 8;
@@ -76,11 +75,11 @@ void run(const Launch& launch) {
   }
 }
 
-XLA_FFI_Error* call(const char* name, XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* call(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE || frame->extension_start) return handler(frame);
   const std::lock_guard lock(mutex);
   find_module();
-  handler_name = name, error.clear(), buffers.clear();
+  error.clear(), buffers.clear();
   const auto add = [](void* buffer, bool result, int64_t index) {
     const auto* raw = static_cast<const XLA_FFI_Buffer*>(buffer);
     const xla::ffi::AnyBuffer view(raw);
