@@ -3,9 +3,15 @@
     with emulated():
         out = linear("td,od->to", x, weight, backend="cuda")
 
-What a GPU would punish raises JaxRuntimeError: accesses out of bounds, to shared memory that nobody has written or with
-no barrier between, reads of an asynchronous copy before its wait, divergence at collectives, deadlocks. The sources in
-this folder say how.
+What a GPU would punish raises JaxRuntimeError, which names kernel, thread and line: accesses out of bounds or not
+aligned, reads of shared memory that nobody has written, accesses to it with no barrier between, reads of an
+asynchronous copy before its wait, divergence at collectives, deadlocks. Results are NaN until written. broken.cu has an
+example of each.
+
+It does not see races on global memory other than by wrong results, kernels of which one block waits for another outside
+a cluster (blocks run one after the other), what a missing __threadfence does, nor anything about speed. What kernels
+use of CUDA stands in include/: a new intrinsic goes to cuda_runtime.h, a new wrapper of PTX in kernels/ptx.cuh to
+ptx_emulated.h as well.
 """
 
 from __future__ import annotations
@@ -52,21 +58,27 @@ def problem() -> str | None:
 
 @contextlib.contextmanager
 def emulated(
-    order: str = "shuffled", seed: int | None = None, processors: int = 8, sources: Sequence[pathlib.Path] = ()
+    order: str = "shuffled",
+    seed: int | None = None,
+    processors: int = 8,
+    unwritten: bool = False,
+    sources: Sequence[pathlib.Path] = (),
 ) -> Iterator[None]:
     """Let `kernels.call` run the kernels on the CPU.
 
     Args:
       order: of threads between synchronisations and of blocks: "shuffled", or "forward" or "backward", where each warp
         runs as far as it can.
-      seed: of a shuffled order; by default $ERNIE_EMULATOR_SEED or a fresh one, which an error's message names.
+      seed: of a shuffled order; by default $ERNIE_EMULATOR_SEED or a fresh one, which is printed.
       processors: multiprocessors of the GPU.
+      unwritten: let kernels read shared memory that nobody has written; it is NaN.
       sources: .cu files, instead of the project's.
     """
     if seed is None:
         seed = int(os.environ.get("ERNIE_EMULATOR_SEED") or int.from_bytes(os.urandom(4), "little"))
+        print(f"ERNIE_EMULATOR_SEED={seed}")  # pytest shows it where a test fails
     library = build(tuple(sources) or tuple(sorted(_KERNELS.glob("*.cu"))))
-    _load(library).emulator_configure(_ORDERS.index(order), ctypes.c_uint64(seed), processors)
+    _load(library).emulator_configure(_ORDERS.index(order), ctypes.c_uint64(seed), processors, unwritten)
     register = functools.partial(_register, library)
     with kernels.compiling_for("9.0"), mock.patch.object(kernels, "_register", register):
         yield

@@ -13,7 +13,6 @@ namespace emulator {
 namespace {
 
 std::mutex mutex;  // one handler at a time
-const char* handler_name = "";
 std::string error, last_error;
 std::map<const void*, size_t> granted;  // dynamic shared memory of kernels
 int processors = 8;
@@ -23,22 +22,24 @@ std::string look_up(const void* pc, bool function) {
   Dl_info info;
   if (!dladdr(pc, &info)) return "";
   char command[4096];
-  std::snprintf(command, sizeof command, "addr2line -Cf -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
+  std::snprintf(command, sizeof command, "addr2line -Cfi -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
                 size_t(static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase)));
   FILE* pipe = popen(command, "r");
   if (!pipe) return "";
-  char lines[2][4096] = {};
-  for (char* line : {lines[0], lines[1]})
-    if (std::fgets(line, sizeof lines[0], pipe)) line[std::strcspn(line, "\n")] = 0;
-  pclose(pipe);
-  if (!function) {  // may end in "(discriminator 2)"
-    const std::string text = std::string(lines[1]).substr(0, std::strcspn(lines[1], " "));
-    return text.substr(text.rfind('/') + 1);
+  // Two lines a function, from that which is inlined to that which is not: its name and a place, which may end in
+  // "(discriminator 2)".
+  std::string text, place;
+  for (char line[4096]; std::fgets(line, sizeof line, pipe);) {
+    if (text.empty()) text = line;
+    if (!std::fgets(line, sizeof line, pipe)) break;
+    place.assign(line, std::strcspn(line, " \n"));
+    if (place.find("/emulator/include/") == std::string::npos) break;  // the kernel's, not ours
   }
-  std::string text = lines[0];
+  pclose(pipe);
+  if (!function) return place.substr(place.rfind('/') + 1);
   for (const char* part : {"(anonymous namespace)::", "ernie::", "void "})
     for (size_t at; (at = text.find(part)) != std::string::npos;) text.erase(at, std::strlen(part));
-  return text.substr(0, text.find('('));
+  return text.substr(0, text.find_first_of("(\n"));
 }
 
 std::string describe(const Failure& failure, const Launch& launch) {
@@ -74,11 +75,11 @@ void run(const Launch& launch) {
   }
 }
 
-XLA_FFI_Error* call(const char* name, XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
+XLA_FFI_Error* call(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE || frame->extension_start) return handler(frame);
   const std::lock_guard lock(mutex);
   find_module();
-  handler_name = name, error.clear(), buffers.clear();
+  error.clear(), buffers.clear();
   const auto add = [](void* buffer, bool result, int64_t index) {
     const auto* raw = static_cast<const XLA_FFI_Buffer*>(buffer);
     const xla::ffi::AnyBuffer view(raw);
@@ -131,8 +132,10 @@ cudaError_t grant(const void* kernel, int bytes) {
 
 }  // namespace emulator
 
-extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int processors) {
+extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int processors,
+                                                                        int unwritten_allowed) {
   const std::lock_guard lock(emulator::mutex);
   emulator::set_order(static_cast<emulator::Order>(order), seed);
   emulator::processors = processors;
+  emulator::unwritten_allowed = unwritten_allowed;
 }

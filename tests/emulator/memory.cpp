@@ -12,6 +12,7 @@
 namespace emulator {
 
 std::vector<Buffer> buffers;
+bool unwritten_allowed;
 
 namespace {
 
@@ -49,8 +50,10 @@ char* dynamic_base() {
   return base;
 }
 
+size_t parked_pitch() { return (static_size + 127) & -128; }  // it keeps what is aligned aligned
+
 char* parked_base() {
-  static char* base = reserve<char>(kMostBlocks * static_size + 1);
+  static char* base = reserve<char>(kMostBlocks * parked_pitch());
   return base;
 }
 
@@ -77,9 +80,9 @@ bool find_shared(const void* p, Place& place) {
   } else if (within(p, dynamic_base(), kMostBlocks * kPitch)) {
     const size_t offset = at - dynamic_base();
     place = {unsigned(offset / kPitch), offset % kPitch, launched.shared, true};
-  } else if (within(p, parked_base(), kMostBlocks * static_size)) {
+  } else if (within(p, parked_base(), kMostBlocks * parked_pitch())) {
     const size_t offset = at - parked_base();
-    place = {unsigned(offset / static_size), offset % static_size, static_size, false};
+    place = {unsigned(offset / parked_pitch()), offset % parked_pitch(), static_size, false};
   } else {
     return false;
   }
@@ -156,7 +159,7 @@ void access_shared(const Place& place, size_t size, Access access, const void* p
                  " is under way: no wait_for_copies before",
              pc);
       if (!(access == Access::atomic && s.atomic) && !ordered(s.written, s.writer)) race(s.writer, "wrote");
-    } else if (access == Access::read) {
+    } else if (access == Access::read && !unwritten_allowed) {
       fail("reads " + name_of(place, i) + ", which nobody has written", pc);
     }
     if (access == Access::read) {
@@ -203,14 +206,14 @@ char* dynamic_shared(unsigned rank) { return dynamic_base() + rank * kPitch; }
 void poison_shared() {
   std::memset(static_from, kPoison, static_size);
   for (unsigned b = 0; b < cluster.size; ++b) {
-    if (b) std::memset(parked_base() + b * static_size, kPoison, static_size);
+    if (b) std::memset(parked_base() + b * parked_pitch(), kPoison, static_size);
     std::memset(dynamic_shared(b), kPoison, launched.shared);
   }
 }
 
 void swap_static_shared(Block* from, Block* to) {
-  std::memcpy(parked_base() + from->rank * static_size, static_from, static_size);
-  std::memcpy(static_from, parked_base() + to->rank * static_size, static_size);
+  std::memcpy(parked_base() + from->rank * parked_pitch(), static_from, static_size);
+  std::memcpy(static_from, parked_base() + to->rank * parked_pitch(), static_size);
 }
 
 void set_own(const char* from, const char* to) { own_from = from, own_to = to; }
@@ -254,7 +257,7 @@ void* shared_of(const void* pointer, unsigned rank) {
   if (!cluster.phase)
     fail("maps shared memory of block " + std::to_string(rank) +
          " of the cluster before any barrier of the cluster: that block may not have started");
-  return (place.dynamic ? dynamic_shared(rank) : parked_base() + rank * static_size) + place.at;
+  return (place.dynamic ? dynamic_shared(rank) : parked_base() + rank * parked_pitch()) + place.at;
 }
 
 void copy_async(void* to, const void* from, Site site) {

@@ -75,6 +75,7 @@ struct Cluster {
 
 extern Cluster cluster;
 extern Thread* current;
+extern bool unwritten_allowed;  // to read shared memory that nobody has written, which is NaN
 extern Block* active;  // whose static shared memory is in place
 
 std::string name_of(const Thread& thread);

@@ -315,5 +315,5 @@ struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
 #define XLA_FFI_DEFINE_HANDLER_SYMBOL(fn, impl, ...)                                                    \
   extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* fn(XLA_FFI_CallFrame* call_frame) { \
     XLA_FFI_DEFINE_HANDLER(handler, impl, ##__VA_ARGS__);                                               \
-    return emulator::call(#fn, handler, call_frame);                                                    \
+    return emulator::call(handler, call_frame);                                                         \
   }

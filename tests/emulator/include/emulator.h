@@ -44,14 +44,14 @@ struct Launch {
   size_t arguments_size = 0;
 };
 
-extern const View* view;     // of the thread that runs, or null
-extern Launch launched;      // the kernel that runs
+extern const View* view;  // of the thread that runs, or null
+extern Launch launched;   // the kernel that runs
 
 // Run a kernel, unless a launch before it has failed.
 void run(const Launch& launch);
 
 // Call an FFI handler with its buffers known and its results poisoned.
-XLA_FFI_Error* call(const char* name, XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* call(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame);
 
 // Stop the kernel: the launch fails with this message, the thread's place and the name of the kernel. `pc` is an address
 // in the code to name the line of.
