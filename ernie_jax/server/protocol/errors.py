@@ -8,7 +8,8 @@ from typing import Any
 from ernie_jax.errors import UserError
 
 # Sentences of the lower floors begin with the path of a field, where they are about one.
-_PATH = re.compile(r"((?:messages|tools|response_format|text|prompt|input)\b[\w.\[\]]*): ")
+_ROOTS = r"messages|tools|response_format|structured_outputs|guided_\w+|text|prompt|input"
+_PATH = re.compile(rf"((?:{_ROOTS})\b[\w.\[\]]*): ")
 
 
 class ApiError(UserError):

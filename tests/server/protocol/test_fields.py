@@ -56,6 +56,8 @@ def test_errors_of_lower_floors():
     assert (error.param, error.code) == ("response_format.json_schema.schema", "invalid_value")
     assert ApiError.of(UserError("messages[3]: role is 5")).param == "messages[3]"
     assert ApiError.of(UserError("tools[1].function.parameters: no")).param == "tools[1].function.parameters"
+    assert ApiError.of(UserError("guided_regex: unclosed group")).param == "guided_regex"
+    assert ApiError.of(UserError("structured_outputs.grammar: no")).param == "structured_outputs.grammar"
     assert ApiError.of(UserError("the model: is broken")).param is None
     assert ApiError.of(UserError("too long"), "prompt").param == "prompt"
     assert ApiError.of(error) is error
