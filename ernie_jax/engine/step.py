@@ -201,6 +201,7 @@ class DeviceStep:
         state: SamplerState,
         last_tokens: jax.Array,
         rows: jax.Array,
+        mask: jax.Array | None = None,
         *,
         features: Features,
         valid_vocab: int,
@@ -214,8 +215,9 @@ class DeviceStep:
           state: one row a slot; donated.
           last_tokens: [slots] int32; donated.
           rows: [2, B] int32, the slot of each row and the index of the token it is to generate.
+          mask: [B, ceil(V / 32)] int32, the tokens allowed in each row, as bits; default: all.
         """
-        return self._sample(logits, state, last_tokens, rows, features=features, valid_vocab=valid_vocab)
+        return self._sample(logits, state, last_tokens, rows, mask, features=features, valid_vocab=valid_vocab)
 
     def lower(self, shape: StepShape, pages: list[jax.ShapeDtypeStruct], slots: int) -> jax.stages.Lowered:
         """Lower the forward step for compilation ahead of time."""
@@ -230,12 +232,13 @@ class DeviceStep:
         return self._sample.lower(logits, state, last_tokens, rows, features=features, valid_vocab=valid_vocab)
 
 
-def _sample_rows(layout, logits, state, last_tokens, rows, *, features, valid_vocab):
+def _sample_rows(layout, logits, state, last_tokens, rows, mask=None, *, features, valid_vocab):
     slots, steps = rows
-    if features != Features():  # a search through the whole vocabulary: gather the logits once, not at every stage
+    if features != Features() or mask is not None:
+        # A search through the whole vocabulary: gather the logits once, not at every stage.
         logits = jax.lax.with_sharding_constraint(logits, layout.sharding())
     of_rows = jax.tree.map(lambda field: jnp.take(field, slots, axis=0, mode="clip"), state)
-    out = sample(logits, of_rows, steps, features=features, valid_vocab=valid_vocab)
+    out = sample(logits, of_rows, steps, mask, features=features, valid_vocab=valid_vocab)
     if features.penalties:
         counted = record_tokens(of_rows, out.tokens, jnp.ones(slots.shape, bool))
         state = write_rows(state, slots, counted)
