@@ -1,10 +1,11 @@
-"""Check and time the ops of prefill at the 21B model's sizes on one Hopper GPU: experts and attention of many tokens.
+"""Check and time our Mosaic kernels at the 21B model's sizes on one Hopper GPU: experts, and attention of many tokens.
 
-    python benchmarks/prefill_ops.py [experts] [attention] [sweep] [pieces] [kept]
+    python benchmarks/prefill_ops.py [experts] [attention] [sweep]
 
 Without arguments all parts run, the most important first. Each is a process of its own with a time limit, so that a
 kernel that hangs costs only its part, and each row stands for itself: one that fails says so. Errors are those of a few
-tokens or rows against float64. TFLOP/s count what the routing and the causal mask ask for, not padding.
+tokens or rows against float64. TFLOP/s count what the routing and the causal mask ask for, not padding; TB/s count the
+weights of each chosen expert once.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ernie_jax.ops import ATTENTION_BACKENDS, RaggedBatch, prefill_attention
-from ernie_jax.ops.blocks import sort_pairs
-from ernie_jax.ops.mosaic import RaggedTiles, Tiles, by_mosaic, rank_pairs
+from ernie_jax.ops.mosaic import Tiles, by_mosaic
 
-D, F, E, TOP, KV, GROUP, HEAD, PAGE = 2560, 1536, 64, 6, 4, 5, 128, 128
+D, F, E, TOP, SHARED, KV, GROUP, HEAD, PAGE = 2560, 1536, 64, 6, 3072, 4, 5, 128, 128
 BOUND = 6e-3  # bfloat16 in and out, hidden values rounded up to four times
-LIMITS = {"experts": 150, "attention": 180, "sweep": 240, "pieces": 120, "kept": 200}  # seconds
+LIMITS = {"experts": 150, "attention": 180, "sweep": 240}  # seconds
 
 
 def seconds(call, inner: int = 10, repeats: int = 3) -> float:
@@ -99,29 +99,45 @@ def pair_flops(pairs: int, rows: int, inner: int) -> float:
     return 2.0 * pairs * rows * inner
 
 
-KEPT = (RaggedTiles(128, 192, 64, 4, 4), RaggedTiles(128, 128, 64, 4, 4))
+@functools.cache
+def shared_weights():
+    return normal(4, (2, SHARED, D), D**-0.5), normal(5, (D, SHARED), SHARED**-0.5)
 
 
 def experts():
-    print("experts, all of the backend: sort, gather, both products, weighted sum")
+    print("experts, all of the backend: sort, products, weighted sum; up to 512 tokens with the shared ones")
 
     @guarded
-    def row(name, tokens, tiles):
+    def row(tokens):
+        layers = 4 if tokens <= 512 else 1  # so many that no weight is still in the cache
+        along = tokens <= 512
         x, chosen, weights = draw(tokens)
-        run = jax.jit(functools.partial(by_mosaic, first_expert=0, tiles=tiles))
-        arguments = x, chosen, weights, *expert_weights()
+        gate_up, down = expert_weights()
+        shared = shared_weights() if along else None
+        run = jax.jit(functools.partial(by_mosaic, first_expert=0))
+        arguments = x, chosen, weights, gate_up, down
         out = run(*arguments)
-        some = np.random.default_rng().choice(tokens, 6, replace=False)
+        some = np.random.default_rng().choice(tokens, min(tokens, 6), replace=False)
         error = distance(out[some], expected_mlp(*arguments, some))
-        spent = seconds(lambda: run(*arguments))
-        flops = pair_flops(tokens * TOP, 3 * F, D)
+        fresh = [(gate_up, down)] + [(gate_up + 0, down + 0) for _ in range(layers - 1)]
+
+        @jax.jit
+        def all_layers(x, chosen, weights, fresh, shared):
+            for _ in range(5):
+                for pair in fresh:
+                    x = x + 0 * by_mosaic(x, chosen, weights, *pair, 0, shared)
+            return x
+
+        spent = seconds(lambda: all_layers(x, chosen, weights, fresh, shared), inner=2) / (5 * layers)
+        flops = pair_flops(tokens * TOP, 3 * F, D) + along * pair_flops(tokens, 3 * SHARED, D)
+        read = 6.0 * F * D * len(np.unique(np.asarray(chosen))) + along * 6 * SHARED * D
         return (
-            f"  {name:5} {tokens:6} tokens {spent * 1e3:8.3f} ms {flops / spent / 1e12:6.0f} TFLOP/s {verdict(error)}"
+            f"  {tokens:6} tokens {spent * 1e6:8.1f} us {flops / spent / 1e12:6.0f} TFLOP/s "
+            f"{read / spent / 1e12:5.2f} TB/s {verdict(error)}"
         )
 
-    for tokens in (2048, 8192, 16384):
-        row("ours", tokens, None)
-        row("kept", tokens, KEPT)
+    for tokens in (2, 8, 32, 64, 128, 256, 512, 2048, 8192, 16384):
+        row(tokens)
 
 
 def ours_case(pairs: int, tiles: Tiles, gates: int):
@@ -130,57 +146,38 @@ def ours_case(pairs: int, tiles: Tiles, gates: int):
 
     tiling = Tiling(*tiles)
     chosen = np.asarray(draw(pairs // TOP)[1]).reshape(-1)
-    blocks = -(-np.bincount(chosen, minlength=E) // tiling.block)
-    most = pairs // tiling.block + E
-    of_block = np.append(np.repeat(np.arange(E), blocks), np.zeros(most - blocks.sum())).astype(np.int32)
+    blocks, end = [], 0
+    for expert, size in enumerate(np.bincount(chosen, minlength=E)):
+        for at in range(0, size, tiling.block):
+            blocks.append((expert, end + at, min(tiling.block, size - at)))
+        end += -(-size // 8) * 8
     gate_up, down = expert_weights()
     weight = gate_up if gates == 2 else down[:, None]
-    rows = normal(3, (most * tiling.block, weight.shape[-1]), 1)
-    live = jnp.asarray([blocks.sum()], jnp.int32)
+    rows = normal(3, (end + tiling.block, weight.shape[-1]), 1)
+    live = jnp.asarray([len(blocks)], jnp.int32)
     run = jax.jit(functools.partial(grouped_product, tiling=tiling))
 
     def check(out):
-        some = np.random.default_rng().choice(blocks.sum() * tiling.block, 4, replace=False)
+        some = np.random.default_rng().choice(len(blocks), 4, replace=False)
         expected = []
-        for i in some:
-            y = np.asarray(weight[of_block[i // tiling.block]], np.float64) @ np.asarray(rows[i], np.float64)
+        for expert, row, _ in (blocks[i] for i in some):
+            y = np.asarray(weight[expert], np.float64) @ np.asarray(rows[row], np.float64)
             expected.append(y[0] / (1 + np.exp(-y[0])) * y[1] if gates == 2 else y[0])
-        return distance(out[some], np.stack(expected))
+        return distance(out[np.asarray([blocks[i][1] for i in some])], np.stack(expected))
 
-    return run, (rows, weight, jnp.asarray(of_block), live), check
-
-
-def kept_case(pairs: int, tiles: RaggedTiles, gates: int):
-    """Return the same of one product of JAX's kernel."""
-    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
-
-    chosen = np.sort(np.asarray(draw(pairs // TOP)[1]).reshape(-1))
-    gate_up, down = expert_weights()
-    weight = gate_up.reshape(E, 2 * F, D) if gates == 2 else down
-    rows = normal(3, (pairs, weight.shape[-1]), 1)
-    sizes = jnp.asarray(np.bincount(chosen, minlength=E), jnp.int32)
-    run = jax.jit(lambda rows, weight, sizes: ragged_dot(
-        rows, weight, group_sizes=sizes, transpose_rhs=True, **tiles._asdict()
-    ))  # fmt: skip
-
-    def check(out):
-        some = np.random.default_rng().choice(pairs, 4, replace=False)
-        expected = [np.asarray(weight[chosen[i]], np.float64) @ np.asarray(rows[i], np.float64) for i in some]
-        return distance(out[some], np.stack(expected))
-
-    return run, (rows, weight, sizes), check
+    return run, (rows, weight, jnp.asarray(np.array(blocks, np.int32)), live), check
 
 
-def search(case, candidates):
+def search(candidates):
     """Compile all candidates of a size at once, then check and time each; print the best two last."""
     expert_weights()
-    for pairs in (49152, 12288, 98304):
+    for pairs in (384, 1536, 49152, 12288):
         for gates, name, outputs in ((2, "gate and up", 2 * F), (1, "down", D)):
             inner = D if gates == 2 else F
             flops, found = pair_flops(pairs, outputs, inner), []
 
             def prepare(tiles, pairs=pairs, gates=gates):
-                run, arguments, check = case(pairs, tiles, gates)
+                run, arguments, check = ours_case(pairs, tiles, gates)
                 return run.lower(*arguments).compile(), arguments, check
 
             with concurrent.futures.ThreadPoolExecutor(6) as pool:
@@ -188,13 +185,14 @@ def search(case, candidates):
             for tiles, future in compiled.items():
 
                 @guarded
-                def row(tiles, future, pairs=pairs, name=name, flops=flops, found=found):
+                def row(tiles, future, pairs=pairs, name=name, flops=flops, found=found, outputs=outputs, inner=inner):
                     run, arguments, check = future.result()
                     error = check(run(*arguments))
                     spent = seconds(lambda: run(*arguments))
                     if error < BOUND:
                         found.append((spent, tiles))
                     speed = f"{spent * 1e6:7.0f} us {flops / spent / 1e12:5.0f} TFLOP/s"
+                    speed += f" {2 * outputs * inner * min(E, pairs) / spent / 1e12:5.2f} TB/s"
                     return f"  {pairs:6} pairs {name:11} ({', '.join(map(str, tiles))}) {speed} {verdict(error)}"
 
                 row(tiles, future)
@@ -214,57 +212,11 @@ def sweep():
             *(Tiles(128, 128, "rows", 4, band) for band in (24, 8)),
             Tiles(64, 128, "rows", 6, 12),
             Tiles(64, 128, "columns", 4, 12),
+            Tiles(64, 128, "columns", 3, 12),
+            Tiles(64, 256, "columns", 2, 6),
         ]
 
-    search(ours_case, candidates)
-
-
-def kept():
-    print("JAX's ragged_dot: block_m, block_n, block_k, max_concurrent_steps, grid_block_n")
-
-    def candidates(gates):
-        columns = ((192, 4), (192, 16), (128, 8), (256, 4)) if gates == 2 else ((128, 4), (128, 20), (256, 5))
-        return [RaggedTiles(128, n, 64, 4, band) for n, band in columns] + [RaggedTiles(64, 256, 64, 4, 4)]
-
-    search(kept_case, candidates)
-
-
-def pieces():
-    print("pieces of the experts' backend; each one many times in one program, inputs differing")
-    times = 20
-
-    @guarded
-    def row(name, tokens, function, inputs):
-        run = jax.jit(lambda inputs: jax.lax.map(function, inputs))
-        spent = seconds(lambda: run(inputs), inner=3) / times
-        return f"  {tokens:6} tokens {name:24} {spent * 1e6:8.1f} us"
-
-    def by_cumsum(chosen):
-        one_hot = (chosen.reshape(-1)[:, None] == jnp.arange(E)).astype(jnp.int32)
-        before = jnp.cumsum(one_hot, axis=0)
-        return (before * one_hot).sum(1) - 1, before[-1]
-
-    for tokens in (2048, 8192, 16384):
-        chosen = jnp.stack([draw(tokens)[1] for _ in range(times)])
-        row("sort: argsort", tokens, lambda chosen: sort_pairs(chosen, E)[1:], chosen)
-        row("sort: cumsum of one-hot", tokens, by_cumsum, chosen)
-        row("sort: counts of 128", tokens, lambda chosen: rank_pairs(chosen, E), chosen)
-        token = jax.random.randint(jax.random.key(0), (times, tokens * TOP), 0, tokens)
-        x = normal(5, (tokens, D), 1)
-
-        def gather(token, x=x):
-            return jax.lax.optimization_barrier(x.at[token].get(mode="promise_in_bounds"))[::997]
-
-        row("gather of rows", tokens, gather, token)
-        place = jnp.stack([jax.random.permutation(key, tokens * TOP) for key in jax.random.split(jax.random.key(1), 4)])
-        place = jnp.tile(place, (times // 4, 1)).reshape(times, tokens, TOP)
-        out = normal(6, (tokens * TOP, D), 1)
-
-        def total(place, out=out):
-            parts = (out.at[place[:, slot]].get(mode="fill", fill_value=0).astype(jnp.float32) for slot in range(TOP))
-            return jax.lax.optimization_barrier(sum(parts).astype(jnp.bfloat16))[::997]
-
-        row("weighted sum", tokens, total, place)
+    search(candidates)
 
 
 def sequences(cases: list[tuple[int, int]], padding: int = 0):
@@ -336,7 +288,7 @@ def attention():
     row(*shapes[1], "xla", None)
 
 
-PARTS = {part.__name__: part for part in (experts, attention, sweep, pieces, kept)}
+PARTS = {part.__name__: part for part in (experts, attention, sweep)}
 
 
 def main() -> None:

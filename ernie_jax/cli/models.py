@@ -211,7 +211,7 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
 
 def _backends(ops: list[str]) -> dict[str, str]:
     """Turn OP=BACKEND pairs into fields of EngineOptions, which checks the backends' names."""
-    fields = {op: f"{op}_backend" for op in ("attention", "exchange", "linear", "router")}
+    fields = {op: f"{op}_backend" for op in ("attention", "exchange", "halves", "linear", "router")}
     fields["experts"] = "expert_backend"
     chosen = {}
     for pair in ops:

@@ -217,6 +217,8 @@ class Engine:
             words.append(f"experts: {step.backends.experts or 'by tokens'}")
             words.append(f"router: {step.backends.router or 'by tokens'}")
         words.append(f"linear: {step.backends.linear or 'by tokens'}")
+        if step.backends.takes_halves:
+            words.append("halves of layers: cuda for few tokens")
         if step.exchanges:
             words.append(f"exchange: {step.backends.exchange}")
         return " · ".join(words)

@@ -6,7 +6,14 @@ import dataclasses
 
 from ernie_jax.engine.cache import PAGE_SIZE
 from ernie_jax.errors import UserError
-from ernie_jax.ops import ATTENTION_BACKENDS, EXCHANGE_BACKENDS, EXPERT_BACKENDS, LINEAR_BACKENDS, ROUTER_BACKENDS
+from ernie_jax.ops import (
+    ATTENTION_BACKENDS,
+    EXCHANGE_BACKENDS,
+    EXPERT_BACKENDS,
+    HALVES,
+    LINEAR_BACKENDS,
+    ROUTER_BACKENDS,
+)
 
 _BACKENDS = {
     "expert": EXPERT_BACKENDS,
@@ -14,6 +21,7 @@ _BACKENDS = {
     "exchange": EXCHANGE_BACKENDS,
     "linear": LINEAR_BACKENDS,
     "router": ROUTER_BACKENDS,
+    "halves": HALVES,
 }
 # Kernels for one kind of chip; the other backends run everywhere.
 _PLATFORMS = {"rpa": ("tpu",), "gmm": ("tpu",), "ragged": ("tpu", "gpu"), "cuda": ("gpu",), "mosaic": ("gpu",)}
@@ -41,6 +49,7 @@ class EngineOptions:
       exchange_backend: a name of ops.EXCHANGE_BACKENDS; None chooses by platform.
       linear_backend: a name of ops.LINEAR_BACKENDS; None chooses by platform and shape.
       router_backend: a name of ops.ROUTER_BACKENDS; None chooses by platform and shape.
+      halves_backend: a name of ops.HALVES; None chooses by platform, unless a backend of a part is asked for.
     """
 
     cache_tokens: int | None = None
@@ -54,6 +63,7 @@ class EngineOptions:
     exchange_backend: str | None = None
     linear_backend: str | None = None
     router_backend: str | None = None
+    halves_backend: str | None = None
 
     def __post_init__(self):
         for name in ("cache_tokens", "max_sequences", "prefill_chunk", "mixed_chunk", "page_size"):

@@ -19,11 +19,11 @@ from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, reco
 from ernie_jax.kernels import compiling_for
 from ernie_jax.model import Backends, Ernie, GroupRows
 from ernie_jax.ops import (
+    PagedAttention,
     check_attention_backend,
     default_attention_backend,
     default_exchange_backend,
     packed_attention,
-    paged_attention,
 )
 from ernie_jax.sharding import Layout
 
@@ -45,6 +45,7 @@ class DeviceStep:
         exchange_backend: str | None = None,
         linear_backend: str | None = None,
         router_backend: str | None = None,
+        halves_backend: str | None = None,
     ):
         """Prepare the steps of a model whose weights lie as `layout` says; abstract weights allow `lower` only.
 
@@ -59,7 +60,9 @@ class DeviceStep:
         self.attention_backend = attention_backend or default_attention_backend(platform, *heads)
         check_attention_backend(self.attention_backend, *heads)
         exchange_backend = exchange_backend or default_exchange_backend(platform)
-        self.backends = Backends(expert_backend, exchange_backend, linear_backend, platform, router_backend)
+        self.backends = Backends(
+            expert_backend, exchange_backend, linear_backend, platform, router_backend, halves_backend
+        )
         shard = layout.shard()
         self.exchanges = shard.exchanges
         graphdef, state = nnx.split(model)
@@ -84,7 +87,7 @@ class DeviceStep:
             out = model(
                 tokens,
                 batch.positions,
-                lambda *qkv: paged_attention(*qkv, batch, self.attention_backend),
+                PagedAttention(batch, self.attention_backend),
                 pages,
                 backends=self.backends,
                 shard=shard,

@@ -47,8 +47,8 @@ def call(name: str, out, *args: jax.Array, aliases: dict[int, int] | None = None
 
 @contextlib.contextmanager
 def compiling_for(capability: str | None) -> Iterator[None]:
-    """Choose the compute capability that programs traced within are for, as in "9.0"; None: this process' GPUs'."""
-    token = _target.set(capability)
+    """Choose the compute capability that programs traced within are for, as in "9.0"; None leaves it as it is."""
+    token = _target.set(capability or _target.get())
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def compiling_for(capability: str | None) -> Iterator[None]:
 
 
 def capability() -> str | None:
-    """Return the compute capability of the GPUs that are compiled for, as in "9.0"; None without any."""
+    """Return the compute capability of the GPUs that are compiled for, by default this process's; None without any."""
     return _target.get() or _local_capability()
 
 
@@ -87,24 +87,29 @@ def build(capability: str) -> pathlib.Path:
     """
     nvcc, libraries = find_nvcc()
     files = sorted(_SOURCES.glob("*.cu*"))
-    include = jax.ffi.include_dir()
     state = hashlib.sha256("".join((capability, jax.__version__, nvcc, *map(pathlib.Path.read_text, files))).encode())
     target = cache_directory() / "kernels" / f"sm{capability}-{state.hexdigest()[:16]}.so"
     if target.exists():
         return target
     print(f"compiling the CUDA kernels for sm_{capability}, once, with {nvcc}", file=sys.stderr, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    flags = [f"-arch=sm_{capability}", "-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{include}", f"-I{_SOURCES}"]
     sources = [file for file in files if file.suffix == ".cu"]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [os.path.join(scratch, file.stem + ".o") for file in sources]
-        commands = [[nvcc, *flags, "-c", str(file), "-o", out] for file, out in zip(sources, objects, strict=True)]
+        compiler = [nvcc, *flags(capability), "-c"]
+        commands = [[*compiler, str(file), "-o", out] for file, out in zip(sources, objects, strict=True)]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             list(pool.map(_run, commands))
         library = os.path.join(scratch, target.name)
         _run([nvcc, f"-arch=sm_{capability}", "-shared", *(f"-L{path}" for path in libraries), *objects, "-o", library])
         os.replace(library, target)  # several processes may build at once: the last one wins, all are the same
     return target
+
+
+def flags(capability: str) -> list[str]:
+    """Return nvcc's flags for a source; XLA's headers are none of ours, their warnings neither."""
+    include = ["-isystem", jax.ffi.include_dir(), f"-I{_SOURCES}"]
+    return [f"-arch=sm_{capability}", "-std=c++17", "-O3", "-Xcompiler=-fPIC", *include]
 
 
 def find_nvcc() -> tuple[str, list[str]]:

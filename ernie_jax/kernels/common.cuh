@@ -1,45 +1,82 @@
-// Shared by the kernels: bfloat16 tensor-core products on operands that lie K-contiguous in memory.
+// Shared by the kernels: launches, and bfloat16 tensor-core products on operands that lie K-contiguous in memory.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
+
+#ifdef ERNIE_EMULATED
+#include "ptx_emulated.h"
+#else
+#include "ptx.cuh"
+#endif
 
 namespace ernie {
 
 namespace ffi = xla::ffi;
 using bf16 = __nv_bfloat16;
 
+// How many threads a launch has, and with what.
+struct Shape {
+  dim3 grid, block;
+  size_t shared = 0;  // bytes of dynamic shared memory
+  unsigned cluster = 1;  // neighbouring blocks that run together; more than one from compute capability 9.0 on
+  bool early = false;  // may start when the kernel before it allows: see `wait_for_previous`; of no effect before 9.0
+};
+
+// The major compute capability of this process's GPUs, which are alike.
+inline int capability() {
+  static const int major = [] {
+    int device = 0, found = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&found, cudaDevAttrComputeCapabilityMajor, device);
+    return found;
+  }();
+  return major;
+}
+
+// Launch a kernel; `launch_status` tells whether that went well.
+template <typename... Parameters, typename... Arguments>
+void launch(cudaStream_t stream, void (*kernel)(Parameters...), const Shape& shape, Arguments&&... arguments) {
+  constexpr size_t kAlwaysGranted = 48 << 10;
+  if (shape.shared > kAlwaysGranted &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared) != cudaSuccess)
+    return;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    auto& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (shape.early && capability() >= 9) {
+    auto& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+template <typename T>
+T* data(const ffi::AnyBuffer& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
 inline ffi::Error launch_status(const char* what) {
   cudaError_t status = cudaGetLastError();
   if (status == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-// Copy 16 bytes to shared memory without waiting: not kept in L1.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-
-// End a group of copies; `wait_for_copies<N>` waits until at most the last N groups are still under way.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int N>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-// c[16, 8] += a[16, 16] b[16, 8], float32 accumulation.
-__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // Two products over 32 of K. Each lane brings 8 neighbours of K: a0 of row lane / 4, a1 of row lane / 4 + 8 and b of
@@ -48,6 +85,17 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
 __device__ __forceinline__ void mma32(float (&c)[4], const uint4& a0, const uint4& a1, const uint4& b) {
   mma(c, a0.x, a1.x, a0.y, a1.y, b.x, b.y);
   mma(c, a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float sum_of_warp(float v) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  return v;
 }
 
 __device__ __forceinline__ float round_bf16(float x) { return __bfloat162float(__float2bfloat16(x)); }

@@ -16,10 +16,15 @@ from flax import nnx
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.ops import (
+    PagedAttention,
+    attention_half,
+    attention_half_problem,
     default_expert_backend,
     default_linear_backend,
     default_router_backend,
     exchange_mlp,
+    experts_half,
+    experts_half_problem,
     grouped_mlp,
     linear,
     rms_norm,
@@ -43,6 +48,8 @@ class Backends(NamedTuple):
 
     Attributes:
       experts, linear, router: None chooses by `platform`, the number of tokens and the shapes.
+      halves: whose halves of layers are used where they take a step, a name of ops.HALVES; None: our GPU kernels' where
+        no other backend of theirs is asked for.
     """
 
     experts: str | None = None
@@ -50,6 +57,12 @@ class Backends(NamedTuple):
     linear: str | None = None
     platform: str = "cpu"
     router: str | None = None
+    halves: str | None = None
+
+    @property
+    def takes_halves(self) -> bool:
+        asked = self.experts, self.linear, self.router
+        return self.halves == "cuda" or self.halves is None and self.platform == "gpu" and asked == (None,) * 3
 
 
 DEFAULT_BACKENDS = Backends()
@@ -173,6 +186,17 @@ class Attention(nnx.Module):
         out, cache = attend(rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :], cache)
         return self.out("...krh,dkrh->...d", out, backends, shard.index("kv_head")), cache
 
+    def half(
+        self, x: jax.Array, norm: RMSNorm, angles: jax.Array, attend: Attend, cache, residual: bool, backends: Backends
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Do `norm`, this and the addition of x, if `residual`, in one call; None if there is none for this step."""
+        if not (backends.takes_halves and isinstance(attend, PagedAttention) and attend.backend == "cuda"):
+            return None
+        qkv, out = self.qkv.weight[...], self.out.weight[...]
+        if hasattr(self.qkv, "bias") or attention_half_problem(x, qkv, cache, attend.batch):
+            return None
+        return attention_half(x, norm.weight[...], norm.epsilon, qkv, out, angles, cache, attend.batch, residual)
+
 
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate x) * up x)."""
@@ -273,8 +297,10 @@ class Experts(nnx.Module):
                 backend=backends.exchange,
             )
             return add_shared(y)
-        if shared is not None and not shared.biased and takes_shared(choose(len(x)), len(x)):
-            return compute(x, experts, weights, (shared.gate_up.weight[...], shared.down.weight[...]))
+        if shared is not None and not shared.biased:
+            along = shared.gate_up.weight[...], shared.down.weight[...]
+            if takes_shared(choose(len(x)), len(x), down.shape[-1], along[1].shape[-1]):
+                return compute(x, experts, weights, along)
         return add_shared(compute(x, experts, weights))
 
 
@@ -310,6 +336,29 @@ class MoE(nnx.Module):
             y = self.experts(tokens, experts, routing.weights, shard, backends, shared)
         return y.reshape(x.shape), routing
 
+    def half(
+        self, x: jax.Array, norm: RMSNorm, shard: Shard, residual: bool, backends: Backends
+    ) -> tuple[jax.Array, Routing] | None:
+        """Do `norm`, this and the addition of x, if `residual`, in one call; None if there is none for this step."""
+        gate_up, down = self.experts.gate_up.weight[...], self.experts.down.weight[...]
+        router, shared = self.router, None
+        if (
+            not backends.takes_halves
+            or shard.exchanges
+            or experts_half_problem(x, router.weight[...], router.k, gate_up)
+        ):
+            return None
+        if hasattr(self, "shared"):
+            if self.shared.biased:
+                return None
+            shared = self.shared.gate_up.weight[...], self.shared.down.weight[...]
+        first = shard.index("expert") * len(gate_up)
+        y, *routing = experts_half(
+            x, norm.weight[...], norm.epsilon, router.weight[...], router.correction_bias[...], router.k,
+            router.norm_min, gate_up, down, first, shared, residual,
+        )  # fmt: skip
+        return y, Routing(*routing)
+
 
 class DecoderLayer(nnx.Module):
     """x += attention(norm(x)); x += mlp(norm(x))."""
@@ -331,13 +380,26 @@ class DecoderLayer(nnx.Module):
           rows: which of the tokens are this shard's group's.
         """
         with jax.named_scope("attention"):
-            out, cache = self.attention(rows.take(self.input_norm(x)), angles, attend, cache, shard, backends)
-            x = x + shard.sum(rows.spread(out, len(x)), *shard.attention_parts)
-        with jax.named_scope("mlp"):
-            h, routing = self.post_attention_norm(x), None
-            if isinstance(self.mlp, MoE):
-                h, routing = self.mlp(h, shard, backends, rows.total)
+            alone, half = not shard.axes(*shard.attention_parts), None  # nothing to sum: x can be added at once
+            if rows.start is None:
+                half = self.attention.half(x, self.input_norm, angles, attend, cache, alone, backends)
+            if half is None:
+                alone = False
+                out, cache = self.attention(rows.take(self.input_norm(x)), angles, attend, cache, shard, backends)
             else:
-                h = self.mlp(h, shard, backends)
-            x = x + shard.sum(h, "mlp")
+                out, cache = half
+            x = out if alone else x + shard.sum(rows.spread(out, len(x)), *shard.attention_parts)
+        with jax.named_scope("mlp"):
+            alone, half, routing = not shard.axes("mlp"), None, None
+            if isinstance(self.mlp, MoE):
+                half = self.mlp.half(x, self.post_attention_norm, shard, alone, backends)
+            if half is not None:
+                h, routing = half
+            else:
+                alone, h = False, self.post_attention_norm(x)
+                if isinstance(self.mlp, MoE):
+                    h, routing = self.mlp(h, shard, backends, rows.total)
+                else:
+                    h = self.mlp(h, shard, backends)
+            x = h if alone else x + shard.sum(h, "mlp")
         return x, cache, routing

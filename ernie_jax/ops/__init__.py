@@ -2,6 +2,7 @@
 
 from ernie_jax.ops.attention import (
     ATTENTION_BACKENDS,
+    PagedAttention,
     RaggedBatch,
     check_attention_backend,
     default_attention_backend,
@@ -17,18 +18,33 @@ from ernie_jax.ops.experts import (
     grouped_mlp,
     takes_shared,
 )
+from ernie_jax.ops.halves import (
+    ATTENTION_HALF_BACKENDS,
+    EXPERTS_HALF_BACKENDS,
+    HALVES,
+    attention_half,
+    attention_half_problem,
+    experts_half,
+    experts_half_problem,
+)
 from ernie_jax.ops.norm import rms_norm
 from ernie_jax.ops.precision import LINEAR_BACKENDS, default_linear_backend, einsum, linear, swiglu
 from ernie_jax.ops.router import ROUTER_BACKENDS, default_router_backend, norm_route, route
 
 __all__ = [
     "ATTENTION_BACKENDS",
+    "ATTENTION_HALF_BACKENDS",
     "DIFFERENTIABLE_EXPERT_BACKENDS",
     "EXCHANGE_BACKENDS",
+    "EXPERTS_HALF_BACKENDS",
     "EXPERT_BACKENDS",
+    "HALVES",
     "LINEAR_BACKENDS",
     "ROUTER_BACKENDS",
+    "PagedAttention",
     "RaggedBatch",
+    "attention_half",
+    "attention_half_problem",
     "check_attention_backend",
     "default_attention_backend",
     "default_exchange_backend",
@@ -38,6 +54,8 @@ __all__ = [
     "einsum",
     "embed",
     "exchange_mlp",
+    "experts_half",
+    "experts_half_problem",
     "grouped_mlp",
     "linear",
     "norm_route",

@@ -105,6 +105,17 @@ def paged_attention(
     return ATTENTION_BACKENDS[backend](q, pages, batch), pages
 
 
+@dataclasses.dataclass(frozen=True)
+class PagedAttention:
+    """Attend over the pages of a step: what a layer is handed."""
+
+    batch: RaggedBatch
+    backend: str
+
+    def __call__(self, q, k, v, pages):
+        return paged_attention(q, k, v, pages, self.batch, self.backend)
+
+
 def default_attention_backend(platform: str, head_dim: int, dtype: jnp.dtype, kv_heads: int) -> str:
     """Choose a backend: on TPUs and GPUs the kernel, where it takes the model's heads.
 

@@ -38,7 +38,7 @@ def decode_attention(q, k, v, pages, batch) -> tuple[jax.Array, jax.Array]:
         [
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(pages.shape, pages.dtype),
-            jax.ShapeDtypeStruct((_BLOCKS, 2, q.shape[2], _PITCH), jnp.float32),
+            partial_results(q.shape[2]),
         ],
         q,
         k.astype(pages.dtype),
@@ -50,3 +50,8 @@ def decode_attention(q, k, v, pages, batch) -> tuple[jax.Array, jax.Array]:
         aliases={3: 1},
     )
     return out, pages
+
+
+def partial_results(group: int) -> jax.ShapeDtypeStruct:
+    """Describe the room that the kernel needs for what blocks find, with `group` query heads a key/value head."""
+    return jax.ShapeDtypeStruct((_BLOCKS, 2, group, _PITCH), jnp.float32)

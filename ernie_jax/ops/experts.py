@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ernie_jax.ops.blocks import by_blocks
 from ernie_jax.ops.gmm import by_gmm
-from ernie_jax.ops.mosaic import by_mosaic, mosaic_problem
+from ernie_jax.ops.mosaic import MOST_ALONG, by_mosaic, mosaic_problem
 from ernie_jax.ops.precision import einsum, swiglu
 from ernie_jax.ops.stream import FEW, by_stream, experts_problem
 
@@ -41,8 +41,14 @@ def grouped_mlp(
     return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, *more)
 
 
-def takes_shared(backend: str, tokens: int) -> bool:
-    """Tell whether a backend computes the shared experts along with the chosen ones, and wins by it."""
+def takes_shared(backend: str, tokens: int, inner: int, shared_inner: int) -> bool:
+    """Tell whether a backend computes the shared experts along with the chosen ones, and wins by it.
+
+    Args:
+      inner, shared_inner: width of an expert, and of the shared ones' MLP, on this shard.
+    """
+    if backend == "mosaic":  # to it they are more experts of the same width
+        return tokens <= MOST_ALONG and shared_inner % inner == 0
     return backend == "cuda" and tokens <= FEW
 
 
@@ -60,13 +66,15 @@ def default_expert_backend(
 
     Few tokens read only the experts they chose, unless this shard has no more than those; some tens to hundreds read
     every expert once; more are sorted, unless they choose half of all experts anyway: on TPUs for the grouped product
-    that JAX brings ("gmm"), elsewhere in "blocks". On GPUs our kernels ("cuda") take a few and some hundreds of tokens
-    of the sizes that they know; Hopper GPUs sort more for a kernel of ours ("mosaic").
+    that JAX brings ("gmm"), elsewhere in "blocks". On GPUs our kernels take the sizes that they know: "cuda" a single
+    token, on Hopper GPUs "mosaic" any more, and on others "cuda" a few and some hundreds.
 
     Args:
       local_experts, experts: how many this shard has, and how many there are; None: enough to make no difference.
       width, inner, dtype: D, F and the dtype of the weights.
     """
+    if platform == "gpu" and tokens > 1 and mosaic_problem(width, inner, dtype) is None:
+        return "mosaic"
     streams = tokens <= FEW or 128 < tokens <= 512  # between, where nearly all experts are read anyway, "dense" wins
     if platform == "gpu" and streams and experts_problem(width, inner, local_experts or 0, dtype) is None:
         return "cuda"
@@ -74,8 +82,6 @@ def default_expert_backend(
         return "gather"
     if tokens <= 256 or (experts is not None and 2 * k >= experts):
         return "dense"
-    if platform == "gpu" and mosaic_problem(width, inner, dtype) is None:
-        return "mosaic"
     return "gmm" if platform == "tpu" else "blocks"
 
 

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _SMS = 132  # of an H100 or H200; right with any number, fastest with the real one
 _INNER = 64  # contracted at a time: 128 bytes, the widest swizzle
 _EPILOGUE = 64  # rows and columns that leave a warpgroup at a time
+ALIGNMENT = 8  # rows, at a multiple of which an expert's rows begin: those of a tile in shared memory
 
 
 class Tiling(NamedTuple):
@@ -42,16 +43,19 @@ class Tiling(NamedTuple):
 def grouped_product(
     rows: jax.Array,  # [M, K]
     weight: jax.Array,  # [E, 1 or 2, N, K]
-    expert: jax.Array,  # [M / block] int32
+    blocks: jax.Array,  # [blocks, 3] int32
     live: jax.Array,  # [1] int32
     tiling: Tiling,
+    shared: jax.Array | None = None,
     interpret=None,
 ) -> jax.Array:
     """Multiply each block of rows by its expert's weight, transposed; with two weights return silu(first) * second.
 
     Args:
-      expert: of each block of `tiling.block` rows.
-      live: how many blocks are computed; the rows behind them come back undefined.
+      blocks: of each its expert, its first row (a multiple of ALIGNMENT) and how many rows it has, at most
+        `tiling.block`. That many rows can be read from the first one on.
+      live: how many blocks there are; rows of no block come back undefined.
+      shared: the weights of further experts E, E + 1, ... side by side: [1 or 2, n N, K] or [1 or 2, N, n K].
       interpret: parameters of Pallas' interpreter for tests.
 
     Returns:
@@ -60,31 +64,26 @@ def grouped_product(
     Raises:
       ValueError: if the sizes are no multiples of the tiles.
     """
-    (count, inner), (_, gates, outputs, _) = rows.shape, weight.shape
+    (count, inner), (experts, gates, outputs, _) = rows.shape, weight.shape
     width = tiling.columns // gates  # of the output, per warpgroup
     across = 2 if tiling.split == "columns" else 1  # warpgroups side by side
     block = tiling.block
-    if (
-        count % block
-        or outputs % (width * across)
-        or width % _EPILOGUE
-        or inner % _INNER
-        or inner // _INNER < tiling.steps
-    ):
+    if outputs % (width * across) or width % _EPILOGUE or inner % _INNER or inner // _INNER < tiling.steps:
         raise ValueError(f"{tiling} does not divide rows {rows.shape} and weights {weight.shape}")
     column_tiles, turns = outputs // (width * across), inner // _INNER
+    beside = (outputs, 0) if shared is None or shared.shape[2] == inner else (0, inner)  # from one expert to the next
 
     def tile_of(index, live):
         return plgpu.planar_snake(index, (live, column_tiles), 1, min(tiling.band, column_tiles))
 
     def load(refs, live, a, b, full, free):
-        expert_ref, rows_ref, weight_ref = refs
+        blocks_ref, rows_ref, weight_ref, shared_ref = refs
         plgpu.set_max_registers(40, action="decrease")
 
         @plgpu.nd_loop((live * column_tiles,), collective_axes="sm")
         def _(info):
             row_tile, column_tile = tile_of(info.index[0], live)
-            chosen = expert_ref[row_tile]
+            chosen, first_row = blocks_ref[row_tile, 0], pl.multiple_of(blocks_ref[row_tile, 1], ALIGNMENT)
 
             @pl.loop(0, turns)
             def _(turn):
@@ -95,13 +94,29 @@ def grouped_product(
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
-                window = pl.ds(turn * _INNER, _INNER)
-                source = rows_ref.at[pl.ds(row_tile * block, block), window]
-                plgpu.copy_gmem_to_smem(source, a.at[slot], full.at[slot])
-                for part in range(across * gates):
+                def load_weights(part):
                     first = (column_tile * across + part // gates) * width
-                    source = weight_ref.at[chosen, part % gates, pl.ds(first, width), window]
-                    plgpu.copy_gmem_to_smem(source, b.at[slot, pl.ds(part * width, width)], full.at[slot])
+                    target = b.at[slot, pl.ds(part * width, width)]
+
+                    def load_chosen():
+                        window = pl.ds(first, width), pl.ds(turn * _INNER, _INNER)
+                        plgpu.copy_gmem_to_smem(weight_ref.at[chosen, part % gates, *window], target, full.at[slot])
+
+                    def load_shared():
+                        down, right = ((chosen - experts) * size for size in beside)
+                        window = pl.ds(down + first, width), pl.ds(right + turn * _INNER, _INNER)
+                        plgpu.copy_gmem_to_smem(shared_ref.at[part % gates, *window], target, full.at[slot])
+
+                    if shared is None:
+                        load_chosen()
+                    else:
+                        pl.when(chosen < experts)(load_chosen)
+                        pl.when(chosen >= experts)(load_shared)
+
+                for part in range(across * gates):
+                    load_weights(part)
+                source = rows_ref.at[pl.ds(first_row, block), pl.ds(turn * _INNER, _INNER)]
+                plgpu.copy_gmem_to_smem(source, a.at[slot], full.at[slot])
 
         mine = lax.div(live * column_tiles + _SMS - 1 - lax.axis_index("sm"), _SMS) * turns
 
@@ -109,7 +124,7 @@ def grouped_product(
         def _(step):
             plgpu.barrier_wait(free.at[lax.rem(step, tiling.steps)])  # no barrier is left half used
 
-    def multiply(out_ref, live, a, b, out, full, free):
+    def multiply(blocks_ref, out_ref, live, a, b, out, full, free):
         group = lax.axis_index("wg")
         plgpu.set_max_registers(232, action="increase")
         down = group if tiling.split == "rows" else 0
@@ -143,21 +158,34 @@ def grouped_product(
                 gate = y[:, :width]
                 y = gate / (1 + jnp.exp(-gate)) * y[:, width:]
             y = y.astype(out_ref.dtype)
+            first_row, rows_here = pl.multiple_of(blocks_ref[row_tile, 1], ALIGNMENT), blocks_ref[row_tile, 2]
             for piece in range(tiling.rows // _EPILOGUE * (width // _EPILOGUE)):
                 i, j = divmod(piece, width // _EPILOGUE)
                 i, j = i * _EPILOGUE, j * _EPILOGUE
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 out[group, piece % 2] = y[i : i + _EPILOGUE, j : j + _EPILOGUE]
                 plgpu.commit_smem()
-                target = out_ref.at[
-                    pl.ds(row_tile * block + down * tiling.rows + i, _EPILOGUE),
-                    pl.ds((column_tile * across + right) * width + j, _EPILOGUE),
-                ]
-                plgpu.copy_smem_to_gmem(out.at[group, piece % 2], target)
+                i += down * tiling.rows
+
+                def store(at, size, i=i, j=j, piece=piece):
+                    columns = pl.ds((column_tile * across + right) * width + j, _EPILOGUE)
+                    source = out.at[group, piece % 2, pl.ds(at, size)]
+                    plgpu.copy_smem_to_gmem(
+                        source, out_ref.at[pl.ds(first_row + i + at, size), columns], commit_group=False
+                    )
+
+                # The rows behind the block's are another's.
+                whole = rows_here >= i + _EPILOGUE
+                pl.when(whole)(functools.partial(store, 0, _EPILOGUE))
+                for at in range(0, _EPILOGUE, ALIGNMENT):
+                    some = jnp.logical_not(whole) & (rows_here > i + at)
+                    pl.when(some)(functools.partial(store, at, ALIGNMENT))
+                plgpu.commit_smem_to_gmem_group()
 
         plgpu.wait_smem_to_gmem(0)
 
-    def body(expert_ref, live_ref, rows_ref, weight_ref, out_ref):
+    def body(blocks_ref, live_ref, rows_ref, weight_ref, *more):
+        shared_ref, out_ref = (None, *more)[-2:]
         swizzled = plgpu.TilingTransform((8, _INNER)), plgpu.SwizzleTransform(128)
 
         @functools.partial(
@@ -172,8 +200,9 @@ def grouped_product(
         def _(a, b, out, full, free):
             live = live_ref[0]
             loads = lax.axis_index("wg") == 2
-            pl.when(loads)(lambda: load((expert_ref, rows_ref, weight_ref), live, a, b, full, free))
-            pl.when(jnp.logical_not(loads))(lambda: multiply(out_ref, live, a, b, out, full, free))
+            refs = blocks_ref, rows_ref, weight_ref, shared_ref
+            pl.when(loads)(lambda: load(refs, live, a, b, full, free))
+            pl.when(jnp.logical_not(loads))(lambda: multiply(blocks_ref, out_ref, live, a, b, out, full, free))
 
     kernel = plgpu.kernel(
         body,
@@ -185,4 +214,4 @@ def grouped_product(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    return kernel(expert, live, rows, weight)
+    return kernel(blocks, live, rows, weight, *([] if shared is None else [shared]))

@@ -42,17 +42,22 @@ def default_linear_backend(platform: str, tokens: int, inner: int, outer: int, d
 
 
 def _xla(subscripts, x, weight, bias):
-    out = einsum(subscripts, x, weight, jnp.float32)
+    out = _product(subscripts, x, weight, lambda x, w: einsum("td,od->to", x, w, jnp.float32))
     return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def _cuda(subscripts, x, weight, bias):
+    out = _product(subscripts, x, weight, stream.linear)
+    return out if bias is None else out + bias
+
+
+def _product(subscripts, x, weight, product):
+    """Call product([T, K], [N, K]): XLA may order several contracted axes anew, and then copies the whole weight."""
     inputs, outputs = subscripts.split("->")
     contracted = len(set(inputs.split(",")[1]) - set(outputs))
     inner = math.prod(weight.shape[-contracted:])
-    out = stream.linear(x.reshape(-1, inner), weight.reshape(-1, inner))
-    out = out.reshape(*x.shape[:-contracted], *weight.shape[:-contracted])
-    return out if bias is None else out + bias
+    out = product(x.reshape(-1, inner), weight.reshape(-1, inner))
+    return out.reshape(*x.shape[:-contracted], *weight.shape[:-contracted])
 
 
 LINEAR_BACKENDS = {"xla": _xla, "cuda": _cuda}

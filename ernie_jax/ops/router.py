@@ -10,7 +10,7 @@ from ernie_jax.errors import UserError
 from ernie_jax.ops.norm import rms_norm
 from ernie_jax.ops.precision import einsum
 
-_SPLITS = 8  # of router.cu
+SPLITS = 8  # of router.cu
 
 
 def route(
@@ -89,7 +89,7 @@ def _cuda(x, norm_weight, epsilon, weight, correction_bias, k, norm_min, cluster
         jax.ShapeDtypeStruct((tokens, k), jnp.int32),
         jax.ShapeDtypeStruct((tokens, k), x.dtype),
         jax.ShapeDtypeStruct((tokens, experts), jnp.float32),
-        jax.ShapeDtypeStruct((tokens, _SPLITS, experts), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, SPLITS, experts), jnp.float32),
     ]
     options = {"norm_min": float(norm_min), "clusters": int(clusters)}
     if norm_weight is None:

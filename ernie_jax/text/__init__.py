@@ -1,4 +1,4 @@
-"""Text in and out: tokenizer, streaming detokeniser, stop strings and chat templates."""
+"""Text in and out: tokenizer, streaming detokeniser, stop strings, chat templates and what answers consist of."""
 
 from ernie_jax.text.chat import ChatTemplate
 from ernie_jax.text.stop import StopStringMatcher

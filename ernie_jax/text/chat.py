@@ -37,6 +37,7 @@ class ChatTemplate:
         sources = {"default": source} if isinstance(source, str) else source
         self._variables = dict(variables)
         self._origin = origin
+        self._sources = tuple(sources.values())
         self._templates = {}
         self._take_tools = {}
         environment = _environment()
@@ -75,6 +76,10 @@ class ChatTemplate:
         name = f"templates/{family}.jinja"
         text = importlib.resources.files("ernie_jax.text").joinpath(name).read_text(encoding="utf-8")
         return cls(text, variables or {}, name)
+
+    def mentions(self, text: str) -> bool:
+        """Tell whether the template has this text in it, such as a tag that its models then write too."""
+        return any(text in source for source in self._sources)
 
     def render(
         self,

@@ -36,7 +36,7 @@ class StopStringMatcher:
         if found:
             self._held, self.stopped = "", True
             return text[: min(found)[1]], True
-        certain = len(text) - max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        certain = len(text) - max((overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[certain:]
         return text[:certain], False
 
@@ -46,7 +46,7 @@ class StopStringMatcher:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that begins `stop` without being all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

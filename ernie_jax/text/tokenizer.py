@@ -122,13 +122,21 @@ class IncrementalDetokenizer:
     Args:
       tokenizer: where the ids come from.
       skip_special: leave special tokens out of the text.
+      keep: ids that are text even if special, such as the tags that a parser looks for.
       strip_space: drop one space at the very start, as chat does: the template ends in "Assistant: ", and yet the first
         piece of the answer carries a space of its own.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, strip_space: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special: bool = True,
+        strip_space: bool = False,
+        keep: frozenset[int] = frozenset(),
+    ):
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._keep = keep
         self._spaces_to_drop = max(tokenizer.leading_spaces, int(strip_space))
         self._utf8 = codecs.getincrementaldecoder("utf-8")(_REPLACE_EACH_BYTE)
 
@@ -138,7 +146,7 @@ class IncrementalDetokenizer:
         Raises:
           UserError: if the id is outside of the vocabulary.
         """
-        if self._skip_special and self._tokenizer.is_special(index):
+        if self._skip_special and self._tokenizer.is_special(index) and index not in self._keep:
             return ""
         piece = self._tokenizer.piece_bytes(index)
         if piece and self._spaces_to_drop:

@@ -10,31 +10,12 @@ import pytest
 from ernie_jax.kernels import capability
 from ernie_jax.ops import RaggedBatch, grouped_mlp
 from ernie_jax.ops.prefill_attention import prefill
+from tests.kernels.cases import BOUND, distance, experts_reference
 
 pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
     pytest.mark.skipif(capability() != "9.0", reason="needs a Hopper GPU"),
 ]
-
-BOUND = 6e-3  # bfloat16 in and out, hidden values rounded up to four times
-
-
-def distance(out, expected):
-    out = np.asarray(out, np.float64)
-    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
-
-
-def experts(x, chosen, weights, gate_up, down):
-    x, weights = np.asarray(x, np.float64), np.asarray(weights, np.float64)
-    out = np.zeros_like(x)
-    for e in range(len(gate_up)):
-        token, slot = np.nonzero(chosen == e)
-        if len(token):
-            gate, up = np.moveaxis(np.einsum("xfd,td->txf", np.asarray(gate_up[e], np.float64), x[token]), 1, 0)
-            rows = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(down[e], np.float64).T
-            np.add.at(out, token, rows * weights[token, slot, None])
-    return out
-
 
 @pytest.mark.parametrize("routing", ["even", "one expert", "padded"])
 @pytest.mark.parametrize("tokens", [1, 130, 1000])
@@ -55,7 +36,7 @@ def test_experts(tokens, routing, rng):
         chosen[tokens // 2 + 1 :] = 1000
     weights = jnp.asarray(rng.dirichlet(np.ones(k), size=tokens), jnp.bfloat16)
     run = jax.jit(functools.partial(grouped_mlp, backend="mosaic"))
-    expected = experts(x, chosen, weights, gate_up, down)
+    expected = experts_reference(x, chosen, weights, gate_up, down)
     assert distance(run(x, chosen, weights, gate_up, down), expected) < BOUND
     shards = [run(x, chosen, weights, gate_up[a : a + 4], down[a : a + 4], first_expert=a) for a in (0, 4)]
     assert distance(sum(np.asarray(shard, np.float64) for shard in shards), expected) < BOUND

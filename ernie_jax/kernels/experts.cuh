@@ -1,0 +1,357 @@
+// The MLP of the chosen experts, and of the shared ones beside them, for up to some hundreds of tokens: each chosen
+// expert's weights are read once.
+//
+// Three stages. `plan` sorts the pairs of a token and one of its experts (a single token needs none). `up` computes every
+// pair's hidden row, scaled by its router weight. For few tokens `walk` keeps all tokens' sums of a few output columns
+// while it passes through all experts; for more, `down` writes each pair's row and `combine` adds up those of a token.
+#pragma once
+
+#include "stream.cuh"
+
+namespace ernie::experts {
+namespace {
+
+constexpr int kMaxExperts = 256;
+
+// What `plan` finds out, as int32 in one buffer.
+struct Plan {
+  int* count;    // [1] chosen experts that are here
+  int* experts;  // [E] their ids
+  int* starts;   // [E + 1] of each expert, by id, the first pair in `pairs`
+  int* pairs;    // [T k] pairs (token * k + slot) by expert
+  int* inverse;  // [E, T] the pair of an expert and a token, or -1; only where `walk` needs it
+
+  __host__ __device__ Plan(int* p, int experts_here, int pairs_all)
+      : count(p), experts(p + 1), starts(p + 1 + experts_here), pairs(p + 2 + 2 * experts_here),
+        inverse(p + 2 + 2 * experts_here + pairs_all) {}
+};
+
+__global__ void __launch_bounds__(1024) plan_kernel(const int* __restrict__ chosen, const int* __restrict__ first,
+                                                    Plan plan, int tokens, int k, int experts, bool walks) {
+  __shared__ int sizes[kMaxExperts + 1];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, pairs = tokens * k;
+  const int base = *first;
+  for (int e = warp; e < experts; e += warps) {
+    int size = 0;
+    for (int p = lane; p < (pairs + 31) / 32 * 32; p += 32)
+      size += __popc(__ballot_sync(~0u, p < pairs && chosen[p] - base == e));
+    if (lane == 0) sizes[e] = size;
+  }
+  if (walks)
+    for (int i = threadIdx.x; i < experts * tokens; i += blockDim.x) plan.inverse[i] = -1;
+  __syncthreads();
+  if (warp == 0) {
+    int start = 0, live = 0;
+    for (int at = 0; at < experts; at += 32) {
+      const int e = at + lane, size = e < experts ? sizes[e] : 0;
+      int sum = size;
+      for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += other;
+      }
+      const unsigned used = __ballot_sync(~0u, size > 0);
+      if (size > 0) plan.experts[live + __popc(used & ((1u << lane) - 1))] = e;
+      if (e < experts) plan.starts[e] = sizes[e] = start + sum - size;
+      start += __shfl_sync(~0u, sum, 31);
+      live += __popc(used);
+    }
+    if (lane == 0) {
+      *plan.count = live;
+      plan.starts[experts] = start;
+    }
+  }
+  __syncthreads();
+  for (int e = warp; e < experts; e += warps) {
+    int at = sizes[e];
+    for (int p = lane; p < (pairs + 31) / 32 * 32; p += 32) {
+      const bool mine = p < pairs && chosen[p] - base == e;
+      const unsigned all = __ballot_sync(~0u, mine);
+      if (mine) {
+        plan.pairs[at + __popc(all & ((1u << lane) - 1))] = p;
+        if (walks) plan.inverse[e * tokens + p / k] = p;
+      }
+      at += __popc(all);
+    }
+  }
+}
+
+struct Sizes {
+  int tokens, k, experts, width, inner, shared;  // T, k, E, D, F, and the shared experts' F or 0
+};
+
+// hidden[pair, F] = weight * swiglu(x gate^T, x up^T); a block computes 8 NP columns of one expert's pairs.
+template <int NP, int MT, int STAGES, bool ONE>
+__global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
+    up_kernel(const bf16* __restrict__ x, const int* __restrict__ chosen, const int* __restrict__ first,
+              const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
+              const bf16* __restrict__ shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
+              Plan plan, Sizes z) {
+  constexpr int NT = 2 * NP;
+  __shared__ Room<NT, STAGES> room;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
+  const int steps = z.width / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
+  const int shared_tiles = z.shared / (8 * NP), tiles = z.inner / (8 * NP);
+  const bool shared = blockIdx.x < shared_tiles;
+  int inner = z.shared, rows = z.tokens, column = blockIdx.x * 8 * NP;
+  const int* pairs = nullptr;
+  int pair_of_one = 0;
+  const bf16* matrix = shared_gate_up;
+  if (!shared) {
+    const int group = (blockIdx.x - shared_tiles) / tiles;
+    int expert;
+    wait_for_previous();
+    if (ONE) {  // its pairs are the groups
+      expert = chosen[group] - *first;
+      if (expert < 0 || expert >= z.experts) return;
+      rows = 1;
+    } else {
+      if (group >= *plan.count) return;
+      expert = plan.experts[group];
+      pairs = plan.pairs + plan.starts[expert];
+      rows = plan.starts[expert + 1] - plan.starts[expert];
+    }
+    pair_of_one = group;
+    inner = z.inner;
+    column = (blockIdx.x - shared_tiles) % tiles * 8 * NP;
+    matrix = gate_up + (int64_t)expert * 2 * z.inner * z.width;
+  }
+  const bf16* w[NT];
+#pragma unroll
+  for (int i = 0; i < NP; ++i) {
+    w[i] = matrix + (int64_t)(column + 8 * i + row) * z.width + offset;
+    w[NP + i] = w[i] + (int64_t)inner * z.width;
+  }
+  for (int from = 0; from < rows; from += 16 * MT) {
+    const bf16* lines[MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int r = from + 16 * m + 8 * h + row;
+        lines[m][h] = r < rows && !(ONE && h) ? x + (int64_t)(shared || ONE ? r : pairs[r] / z.k) * z.width + offset : nullptr;
+      }
+    if (from) __syncthreads();
+    float acc[MT][NT][4] = {};
+    const int live = min(MT, (rows - from + 15) / 16);
+    // The shared experts' weights may be on their way before it is known which others follow. The next kernel reads
+    // what this one waited for.
+    const auto ready = [] {
+      wait_for_previous();
+      launch_next();
+    };
+    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, ready, Unchanged());
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      if (m >= live) break;
+      reduce(room, acc[m], 8 * NP, [&](int r, int c, auto sum) {
+        r += from + 16 * m;
+        if (r >= rows) return;
+        const float value = swiglu(sum(c), sum(8 * NP + c));
+        if (shared) {
+          shared_hidden[(int64_t)r * inner + column + c] = __float2bfloat16(value);
+        } else {
+          const int pair = ONE ? pair_of_one : pairs[r];
+          hidden[(int64_t)pair * inner + column + c] = __float2bfloat16(value * __bfloat162float(weights[pair]));
+        }
+      });
+    }
+  }
+}
+
+// out[t, D] = sum over its pairs of hidden down^T, plus the shared experts', for up to 16 tokens. A block has 8 columns of
+// all tokens; its warps take turns at pieces of 256 of K, over all experts. While a warp multiplies one piece, the
+// weights and the hidden rows of its next are on their way. A residual [T, D] is added last, unless it is null.
+template <bool ONE>
+__global__ void __launch_bounds__(kThreads)
+    walk_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ shared_hidden,
+                const int* __restrict__ chosen, const int* __restrict__ first, const bf16* __restrict__ down,
+                const bf16* __restrict__ shared_down, const bf16* __restrict__ residual, bf16* __restrict__ out,
+                Plan plan, Sizes z) {
+  constexpr int kSteps = 8;  // of a piece
+  __shared__ Room<1, kSteps> room;
+  __shared__ int experts[kMaxExperts], slots[32], count;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4 * 8;
+  const int column = blockIdx.x * 8, per_expert = z.inner / 256, beside = z.shared / 256;
+  uint4(*ring)[1][32] = room.ring[warp];
+  auto weights = [&](int piece) {
+    if (piece < beside) return shared_down + (int64_t)(column + row) * z.shared + piece * 256 + place;
+    piece -= beside;
+    const int64_t expert = experts[piece / per_expert];
+    return down + (expert * z.width + column + row) * z.inner + piece % per_expert * 256 + place;
+  };
+  auto fetch_first = [&] {
+    const bf16* w = weights(warp);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      copy_async(&ring[s][0][lane], w + 32 * s);
+      commit_copies();
+    }
+  };
+  if (warp < beside) fetch_first();  // the shared experts' come first: they are known before the others are chosen
+  wait_for_previous();
+  if (ONE) {
+    if (warp == 0) {
+      const int expert = lane < z.k ? chosen[lane] - *first : -1;
+      const unsigned here = __ballot_sync(~0u, expert >= 0 && expert < z.experts);
+      if (here >> lane & 1) {
+        const int at = __popc(here & ((1u << lane) - 1));
+        experts[at] = expert;
+        slots[at] = lane;
+      }
+      if (lane == 0) count = __popc(here);
+    }
+  } else {
+    if (threadIdx.x == 0) count = *plan.count;
+    if (threadIdx.x < z.experts) experts[threadIdx.x] = plan.experts[threadIdx.x];
+  }
+  __syncthreads();
+  const int all = beside + count * per_expert;
+  auto pair_of = [&](int piece, int t) {
+    if (t >= z.tokens || piece >= all) return -1;
+    if (piece < beside) return t;
+    const int at = (piece - beside) / per_expert;
+    return ONE ? slots[at] : plan.inverse[experts[at] * z.tokens + t];
+  };
+  auto line = [&](int piece, int pair) -> const bf16* {
+    if (pair < 0) return nullptr;
+    if (piece < beside) return shared_hidden + (int64_t)pair * z.shared + piece * 256 + place;
+    return hidden + (int64_t)pair * z.inner + (piece - beside) % per_expert * 256 + place;
+  };
+  float acc[1][4] = {};
+  Lines a[kSteps];
+  int pairs[2] = {};  // of the next piece
+  if (warp < all) {
+    if (warp >= beside) fetch_first();
+    const bf16* const x[2] = {line(warp, pair_of(warp, row)), ONE ? nullptr : line(warp, pair_of(warp, row + 8))};
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) a[s].load(x, 32 * s);
+    for (int h = 0; h < 2; ++h) pairs[h] = pair_of(warp + kWarps, row + 8 * h);
+  }
+  for (int piece = warp; piece < all; piece += kWarps) {
+    const int following = piece + kWarps;
+    const bool more = following < all;
+    const bf16* w = more ? weights(following) : nullptr;
+    const bf16* const x[2] = {line(following, pairs[0]), ONE ? nullptr : line(following, pairs[1])};
+    for (int h = 0; h < 2; ++h) pairs[h] = pair_of(following + kWarps, row + 8 * h);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      wait_for_copies<kSteps - 1>();
+      mma32(acc[0], a[s].low, a[s].high, ring[s][0][lane]);
+      if (more) {
+        copy_async(&ring[s][0][lane], w + 32 * s);
+        a[s].load(x, 32 * s);
+      }
+      commit_copies();
+    }
+  }
+  reduce(room, acc, 8, [&](int r, int c, auto sum) {
+    if (r >= z.tokens) return;
+    const int64_t at = (int64_t)r * z.width + column + c;
+    out[at] = __float2bfloat16(residual ? __bfloat162float(residual[at]) + round_bf16(sum(c)) : sum(c));
+  });
+}
+
+// rows[pair, D] = hidden[pair] down^T; a block computes 8 NT columns of one expert's pairs.
+template <int NT, int MT, int STAGES>
+__global__ void __launch_bounds__(kThreads) down_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ down,
+                                                        float* __restrict__ out, Plan plan, Sizes z) {
+  __shared__ Room<NT, STAGES> room;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
+  const int steps = z.inner / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
+  const int tiles = z.width / (8 * NT), group = blockIdx.x / tiles, column = blockIdx.x % tiles * 8 * NT;
+  if (group >= *plan.count) return;
+  const int expert = plan.experts[group];
+  const int* pairs = plan.pairs + plan.starts[expert];
+  const int rows = plan.starts[expert + 1] - plan.starts[expert];
+  const bf16* w[NT];
+#pragma unroll
+  for (int i = 0; i < NT; ++i)
+    w[i] = down + (int64_t)expert * z.width * z.inner + (int64_t)(column + 8 * i + row) * z.inner + offset;
+  for (int from = 0; from < rows; from += 16 * MT) {
+    const bf16* lines[MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int r = from + 16 * m + 8 * h + row;
+        lines[m][h] = r < rows ? hidden + (int64_t)pairs[r] * z.inner + offset : nullptr;
+      }
+    if (from) __syncthreads();
+    float acc[MT][NT][4] = {};
+    const int live = min(MT, (rows - from + 15) / 16);
+    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, [] {}, Unchanged());
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      if (m >= live) break;
+      reduce(room, acc[m], 8 * NT, [&](int r, int c, auto sum) {
+        r += from + 16 * m;
+        if (r < rows) out[(int64_t)pairs[r] * z.width + column + c] = sum(c);
+      });
+    }
+  }
+}
+
+// out[t] = the sum of the rows of t's pairs that are here.
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const float* __restrict__ rows, const int* __restrict__ chosen, const int* __restrict__ first,
+                   bf16* __restrict__ out, Sizes z) {
+  const int t = blockIdx.y, column = (blockIdx.x * kThreads + threadIdx.x) * 4, base = *first;
+  if (column >= z.width) return;
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (int slot = 0; slot < z.k; ++slot) {
+    const int pair = t * z.k + slot, expert = chosen[pair] - base;
+    if (expert < 0 || expert >= z.experts) continue;
+    const float4 row = *reinterpret_cast<const float4*>(rows + (int64_t)pair * z.width + column);
+    sum.x += row.x, sum.y += row.y, sum.z += row.z, sum.w += row.w;
+  }
+  auto* to = reinterpret_cast<__nv_bfloat162*>(out + (int64_t)t * z.width + column);
+  to[0] = __floats2bfloat162_rn(sum.x, sum.y);
+  to[1] = __floats2bfloat162_rn(sum.z, sum.w);
+}
+
+constexpr int kWalks = 16;  // up to so many tokens `down` walks through the experts
+
+// A launch's operands: those of the kernels, and room for what passes between them.
+struct Operands {
+  const bf16* x;
+  const int *chosen, *first;
+  const bf16 *weights, *gate_up, *down, *shared_gate_up, *shared_down, *residual;
+  bf16 *out, *hidden, *shared_hidden;
+  float* rows;
+  int* scratch;
+};
+
+// Launch the kernels; a residual is for a single token. `early`: the kernel before is of the same call.
+inline void run(cudaStream_t stream, const Operands& o, const Sizes& z, bool early = false) {
+  const Plan plan(o.scratch, z.experts, z.tokens * z.k);
+  const bool walks = z.tokens <= kWalks;
+  if (z.tokens > 1) launch(stream, plan_kernel, {1, 1024}, o.chosen, o.first, plan, z.tokens, z.k, z.experts, walks);
+  const int groups = z.tokens * z.k < z.experts || z.tokens == 1 ? z.tokens * z.k : z.experts;
+  auto up = [&](auto kernel, int columns) {
+    const int blocks = z.shared / columns + groups * (z.inner / columns);
+    launch(stream, kernel, {blocks, kThreads, 0, 1, early}, o.x, o.chosen, o.first, o.weights, o.gate_up,
+           o.shared_gate_up, o.hidden, o.shared_hidden, plan, z);
+  };
+  auto walk = [&](auto kernel) {
+    launch(stream, kernel, {z.width / 8, kThreads, 0, 1, early}, o.hidden, o.shared_hidden, o.chosen, o.first, o.down,
+           o.shared_down, o.residual, o.out, plan, z);
+  };
+  if (z.tokens == 1) {
+    up(up_kernel<1, 1, 5, true>, 8);
+    walk(walk_kernel<true>);
+  } else if (walks) {
+    up(up_kernel<1, 1, 5, false>, 8);
+    walk(walk_kernel<false>);
+  } else {
+    if (z.tokens <= 64)
+      up(up_kernel<2, 1, 3, false>, 16);
+    else
+      up(up_kernel<2, 2, 3, false>, 16);
+    launch(stream, down_kernel<4, 2, 3>, {groups * (z.width / 32), kThreads}, o.hidden, o.down, o.rows, plan, z);
+    const dim3 grid((z.width / 4 + kThreads - 1) / kThreads, z.tokens);
+    launch(stream, combine_kernel, {grid, kThreads}, o.rows, o.chosen, o.first, o.out, z);
+  }
+}
+
+}  // namespace
+}  // namespace ernie::experts

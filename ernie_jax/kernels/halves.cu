@@ -1,0 +1,120 @@
+// Half a decoder layer in one call, for up to 16 tokens of a decode step: its kernels follow one another without a gap,
+// each with its weights on their way before the one in front of it is done.
+#include "attention.cuh"
+#include "experts.cuh"
+#include "linear.cuh"
+#include "router.cuh"
+
+namespace ernie {
+namespace {
+
+// out = attention(norm(x)), or x + that; see ops/halves.py.
+ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer qkv_weight,
+                          ffi::AnyBuffer out_weight, ffi::AnyBuffer rotation, ffi::AnyBuffer, ffi::AnyBuffer positions,
+                          ffi::AnyBuffer rows, ffi::AnyBuffer table, ffi::Result<ffi::AnyBuffer> out,
+                          ffi::Result<ffi::AnyBuffer> pages, ffi::Result<ffi::AnyBuffer> qkv,
+                          ffi::Result<ffi::AnyBuffer> heads, ffi::Result<ffi::AnyBuffer> partials, float epsilon,
+                          int64_t residual) {
+  const int tokens = x.dimensions()[0], width = x.dimensions()[1];
+  const int kv_heads = qkv_weight.dimensions()[0], lines = qkv_weight.dimensions()[1], dim = qkv_weight.dimensions()[2];
+  run_linear(stream, {data<bf16>(x), data<bf16>(norm), data<bf16>(qkv_weight), nullptr, data<bf16>(*qkv), tokens,
+                      kv_heads * lines * dim, width, epsilon});
+  attention::Step step;
+  step.q = data<bf16>(*qkv), step.k = step.q + (lines - 2) * dim, step.v = step.k + dim;
+  step.q_line = step.kv_line = lines * dim;
+  step.rotation = data<float>(rotation);
+  step.tokens = tokens, step.kv_heads = kv_heads, step.group = lines - 2;
+  step.pages = data<bf16>(*pages), step.page_size = pages->dimensions()[1];
+  step.positions = data<int>(positions), step.rows = data<int>(rows), step.table = data<int>(table);
+  step.sequences = table.dimensions()[0], step.width = table.dimensions()[1];
+  step.out = data<bf16>(*heads), step.partials = data<float>(*partials);
+  attention::run(stream, step, partials->dimensions()[0], true);
+  run_linear(stream, {data<bf16>(*heads), nullptr, data<bf16>(out_weight), residual ? data<bf16>(x) : nullptr,
+                      data<bf16>(*out), tokens, width, kv_heads * (lines - 2) * dim, 0}, true);
+  return launch_status("attention half");
+}
+
+// out = experts(norm(x)), or x + that, of a single token; see ops/halves.py.
+ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer router,
+                        ffi::AnyBuffer bias, ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::AnyBuffer first,
+                        ffi::AnyBuffer shared_gate_up, ffi::AnyBuffer shared_down, ffi::Result<ffi::AnyBuffer> out,
+                        ffi::Result<ffi::AnyBuffer> chosen, ffi::Result<ffi::AnyBuffer> weights,
+                        ffi::Result<ffi::AnyBuffer> probabilities, ffi::Result<ffi::AnyBuffer> normalised,
+                        ffi::Result<ffi::AnyBuffer> sums, ffi::Result<ffi::AnyBuffer> hidden,
+                        ffi::Result<ffi::AnyBuffer> shared_hidden, float norm_min, float epsilon, int64_t residual) {
+  const auto shape = gate_up.dimensions();  // [E, 2, F, D]
+  const int k = chosen->dimensions()[1], width = shape[3];
+  const router::Problem problem = {data<bf16>(x),
+                                   data<bf16>(norm),
+                                   data<float>(router),
+                                   data<float>(bias),
+                                   data<bf16>(*normalised),
+                                   data<int>(*chosen),
+                                   data<bf16>(*weights),
+                                   data<float>(*probabilities),
+                                   data<float>(*sums),
+                                   1,
+                                   width,
+                                   (int)router.dimensions()[0],
+                                   k,
+                                   norm_min,
+                                   epsilon};
+  router::run(stream, problem, true);
+  const experts::Sizes z{1, k, (int)shape[0], width, (int)shape[2], (int)shared_gate_up.dimensions()[1]};
+  const experts::Operands o{problem.normalised,  problem.experts,       data<int>(first),
+                            problem.weights,     data<bf16>(gate_up),   data<bf16>(down),
+                            data<bf16>(shared_gate_up), data<bf16>(shared_down), residual ? data<bf16>(x) : nullptr,
+                            data<bf16>(*out),    data<bf16>(*hidden),   data<bf16>(*shared_hidden),
+                            nullptr,             nullptr};
+  experts::run(stream, o, z, true);
+  return launch_status("experts half");
+}
+
+}  // namespace
+}  // namespace ernie
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_attention_half, ernie::attention_half,
+                              ernie::ffi::Ffi::Bind()
+                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("residual"),
+                              {ernie::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_experts_half, ernie::experts_half,
+                              ernie::ffi::Ffi::Bind()
+                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
+                                  .Attr<float>("norm_min")
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("residual"),
+                              {ernie::ffi::Traits::kCmdBufferCompatible});

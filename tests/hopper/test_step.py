@@ -1,0 +1,126 @@
+"""Whole models at full size, compiled for H100s that are not here: they fit, send what they should, by our kernels."""
+
+import collections
+import dataclasses
+import re
+
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from ernie_jax import kernels
+from ernie_jax.config import ModelConfig
+from ernie_jax.engine.aot import decode_shape, lower_step, prefill_shape
+from ernie_jax.engine.cache import PAGE_SIZE, bytes_per_token
+from ernie_jax.errors import UserError
+from ernie_jax.planner.hlo import collectives
+from ernie_jax.sharding import make_layout
+
+pytest.importorskip("jax_plugins.xla_cuda13", reason="JAX's CUDA plugin, of the test extra, is for Linux only")
+
+# What XLA wants to know of a GPU to compile for it: an H100 as its driver describes it.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+LAYERS = 4  # of the model's 28, of which the first is dense: the others are alike
+PAGES = 2000
+# (sharding, GPUs, tokens of a decode step or of a prompt)
+STEPS = [
+    ("single", 1, "decode", 1),
+    ("single", 1, "decode", 8),
+    ("single", 1, "decode", 64),
+    ("single", 1, "decode", 256),
+    ("single", 1, "prefill", 2048),
+    ("expert", 2, "decode", 64),
+    ("tensor", 2, "decode", 64),
+    ("expert", 2, "prefill", 2048),
+    ("expert+data", 4, "decode", 64),
+    ("expert+tensor", 4, "decode", 1),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """Compile our kernels, which XLA wants to find when it compiles a step."""
+    try:
+        kernels.build("90")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def compile_step(sharding, gpus, kind, tokens):
+    config = ModelConfig.from_file("configs/ernie-4.5-21b-a3b.json")
+    config = dataclasses.replace(config, num_hidden_layers=LAYERS, num_nextn_predict_layers=0)
+    topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{gpus}", target_config=H100)
+    layout = make_layout(config, topology.devices, preset=sharding)
+    shape = (prefill_shape if kind == "prefill" else decode_shape)(config, layout, tokens, 8192)
+    compiled = lower_step(config, layout, jnp.bfloat16, shape, PAGES).compile()
+    return config, layout, shape, compiled
+
+
+def launches(text):
+    """Return what the program's entry launches, in order: a kernel's target, or the kind of instruction."""
+    found = []
+    for line in text[text.index("\nENTRY") :].splitlines():
+        if match := re.search(r" (custom-call|fusion|dot|copy|transpose|sort|while)\(", line):
+            target = re.search(r'custom_call_target="([^"]+)"', line)
+            found.append(target[1] if target else match[1])
+    return found
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: "-".join(map(str, case)))
+def test_a_step_fits_and_sends_what_it_must(case):
+    config, layout, shape, compiled = compile_step(*case)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    cache = PAGES * PAGE_SIZE * bytes_per_token(config, jnp.bfloat16) // layout.size("kv_head")
+    found = launches(text)
+    print(f"{layout.describe()}: {len(found)} launches, temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB")
+    # Of the cache nothing is copied, and no weight is.
+    assert memory.alias_size_in_bytes >= cache
+    entry = text[text.index("\nENTRY") :].splitlines()
+    copied = [line for line in entry if re.search(r"%\w*(copy|transpose)[\w.]* = ", line) and large(line)]
+    assert not copied, copied[0]
+    sent = collections.Counter()
+    for item in collectives(text):
+        sent[item.kind] += item.count
+    sums = 2 * LAYERS + 1 if layout.mesh.size > 1 else 0
+    assert sent == ({"all-reduce": sums} if sums else {})
+
+
+def large(line):
+    """Tell whether an instruction's result has millions of elements."""
+    sizes = re.search(r"= \w+\[([\d,]+)\]", line)
+    elements = 1
+    for size in sizes[1].split(",") if sizes else ():
+        elements *= int(size)
+    return elements > 1 << 22
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 256])
+def test_a_decode_step_is_our_kernels(tokens):
+    config, _, _, compiled = compile_step("single", 1, "decode", tokens)
+    launched = launches(compiled.as_text())
+    found = collections.Counter(launched)
+    moe_layers = sum(map(config.is_moe_layer, range(LAYERS)))
+    if tokens == 1:  # nothing of XLA's stands between the halves of layers
+        assert found["ernie_experts_half"] == moe_layers
+        first = launched.index("ernie_experts_half")
+        # The fusion is the attention's half with slices of the step's numbers, which are no launches.
+        assert launched[first : first + 3] == ["ernie_experts_half", "fusion", "ernie_experts_half"]
+    else:
+        assert found["mosaic_gpu_v2"] == 2 * moe_layers
+        assert found["ernie_route"] == found["ernie_sort_pairs"] == found["ernie_combine_pairs"] == moe_layers
+    halves = compiled.as_text().count('custom_call_target="ernie_attention_half"')
+    assert halves == (LAYERS if tokens <= 16 else 0)
+    assert len(launched) <= 15 * LAYERS + 10

@@ -1,0 +1,220 @@
+"""Inputs and float64 references of our kernels, for the tests on a GPU and for those in the emulator."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ernie_jax.ops import RaggedBatch, grouped_mlp, linear, norm_route, paged_attention, rms_norm, route
+
+BOUND = 6e-3  # bfloat16 in and out, hidden values and attention's weights rounded as well
+H = 128
+EPSILON, NORM_MIN = 1e-5, 1e-12
+
+
+def distance(out, expected) -> float:
+    """Return the relative error of all of `out` together."""
+    out = np.asarray(out, np.float64)
+    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
+
+
+def normal(rng, *shape, scale=1.0) -> jax.Array:
+    """Return bfloat16 numbers."""
+    return jnp.asarray(rng.standard_normal(shape, np.float32) * np.float32(scale), jnp.bfloat16)
+
+
+# Products and experts.
+
+
+def check_linear(rng, tokens, inner, outer):
+    """Hold x weight^T to float64."""
+    x, weight = normal(rng, tokens, inner), normal(rng, outer, inner, scale=inner**-0.5)
+    out = jax.jit(functools.partial(linear, "td,od->to", backend="cuda"))(x, weight)
+    assert distance(out, np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T) < BOUND
+
+
+def experts_reference(x, chosen, weights, gate_up, down, first=0) -> np.ndarray:
+    """Return what experts `first` and following add to each token, in float64."""
+    x, weights = np.asarray(x, np.float64), np.asarray(weights, np.float64)
+    out = np.zeros_like(x)
+    for e in range(len(gate_up)):
+        token, slot = np.nonzero(np.asarray(chosen) == e + first)
+        if len(token):
+            gate, up = np.moveaxis(np.einsum("xfd,td->txf", np.asarray(gate_up[e], np.float64), x[token]), 1, 0)
+            rows = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(down[e], np.float64).T
+            np.add.at(out, token, rows * weights[token, slot, None])
+    return out
+
+
+def draw_experts(rng, tokens, k, experts, inner, width, skew=False):
+    """Return what `grouped_mlp` takes; with `skew` all tokens choose the same experts."""
+    x = normal(rng, tokens, width)
+    if skew:
+        chosen = np.tile(rng.permutation(experts)[:k], (tokens, 1)).astype(np.int32)
+    else:
+        chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)
+    weights = jnp.asarray(rng.dirichlet(np.ones(k), size=tokens), jnp.bfloat16)
+    gate_up = normal(rng, experts, 2, inner, width, scale=width**-0.5)
+    return x, jnp.asarray(chosen), weights, gate_up, normal(rng, experts, width, inner, scale=inner**-0.5)
+
+
+_grouped_mlp = jax.jit(grouped_mlp, static_argnums=5)
+
+
+def check_experts(rng, tokens, k, experts, inner, width, skew=False):
+    """Hold the experts' sum to float64."""
+    inputs = draw_experts(rng, tokens, k, experts, inner, width, skew)
+    assert distance(_grouped_mlp(*inputs, "cuda"), experts_reference(*inputs)) < BOUND
+
+
+def check_shared_experts(rng, tokens, k, experts, inner, width):
+    """Hold the experts' sum with that of shared ones, twice as wide, to float64."""
+    inputs = draw_experts(rng, tokens, k, experts, inner, width)
+    shared = (
+        normal(rng, 2, 2 * inner, width, scale=width**-0.5),
+        normal(rng, width, 2 * inner, scale=(2 * inner) ** -0.5),
+    )
+    out = _grouped_mlp(*inputs, "cuda", 0, shared)
+    ones = jnp.zeros((tokens, 1), jnp.int32), np.ones((tokens, 1))
+    everyone = experts_reference(inputs[0], *ones, shared[0][None], shared[1][None])
+    assert distance(out, experts_reference(*inputs) + everyone) < BOUND
+
+
+def check_shards(rng, tokens, k, experts, inner, width):
+    """Hold each half of the experts to float64, of tokens some of whose pairs are padding."""
+    x, chosen, weights, gate_up, down = draw_experts(rng, tokens, k, experts, inner, width)
+    chosen = np.array(chosen)
+    chosen[tokens // 2 :, 2:] = 2 * experts  # padding, or somebody else's
+    for first in (0, experts // 2):
+        part = slice(first, first + experts // 2)
+        out = _grouped_mlp(x, chosen, weights, gate_up[part], down[part], "cuda", jnp.int32(first))
+        expected = experts_reference(x, chosen, weights, gate_up[part], down[part], first)
+        assert np.isfinite(np.asarray(out, np.float64)).all()
+        assert np.abs(np.asarray(out, np.float64) - expected).max() < 0.05
+
+
+# The router.
+
+
+def draw_router(rng, tokens, width=2560, experts=64, bias=True):
+    """Return x, router weight and correction bias."""
+    x = jnp.asarray(rng.normal(size=(tokens, width)), jnp.bfloat16)
+    weight = jnp.asarray(rng.normal(size=(experts, width)) * width**-0.5, jnp.float32)
+    offsets = rng.uniform(20, 63) + rng.normal(size=experts) * 0.01 if bias else np.zeros(experts)
+    return x, weight, jnp.asarray(offsets, jnp.float32)
+
+
+def check_routing(x, weight, bias, k, experts, weights, probabilities):
+    """Hold a routing of x to float64; ids may differ where scores are nearly equal."""
+    x, weight, bias = (np.asarray(a, np.float64) for a in (x, weight, bias))
+    logits = x @ weight.T
+    expected = np.exp(logits - logits.max(1, keepdims=True))
+    expected /= expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-5, atol=1e-9)
+    experts, scores = np.asarray(experts), expected + bias
+    assert ((experts >= 0) & (experts < len(weight))).all()
+    assert all(len(set(row)) == k for row in experts)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    different = experts != best
+    mine, theirs = (np.take_along_axis(scores, ids, axis=1) for ids in (experts, best))
+    assert (np.abs(mine - theirs)[different] < 1e-5).all()
+    chosen = np.take_along_axis(expected, experts, axis=1)
+    assert weights.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(weights, np.float64), chosen / chosen.sum(1, keepdims=True), rtol=2**-8)
+
+
+def run_route(inputs, k=6, norm_min=NORM_MIN):
+    """Route by our kernel, in a program of its own."""
+    return jax.jit(route, static_argnums=(3, 4, 5))(*inputs, k, norm_min, "cuda")
+
+
+def check_equals(tokens, width=2560):
+    """Of experts with equal scores the lower ids are chosen."""
+    inputs = jnp.ones((tokens, width), jnp.bfloat16), jnp.zeros((64, width)), jnp.zeros(64).at[40].set(1)
+    experts, weights, _ = route(*inputs, 6, NORM_MIN, "cuda")
+    np.testing.assert_array_equal(experts, np.tile([40, 0, 1, 2, 3, 4], (tokens, 1)))
+    np.testing.assert_allclose(np.asarray(weights, np.float64), 1 / 6, rtol=2**-8)
+
+
+def check_norm_min(rng, width=2560):
+    """What a token's probabilities are divided by is at least norm_min."""
+    experts, weights, probabilities = run_route(draw_router(rng, 3, width), norm_min=4.0)
+    expected = np.take_along_axis(np.asarray(probabilities), np.asarray(experts), axis=1) / 4
+    np.testing.assert_allclose(np.asarray(weights, np.float64), expected, rtol=2**-8)
+
+
+def check_norm_route(rng, tokens, width=2560):
+    """Hold RMSNorm and routing by one kernel to `rms_norm` and to float64."""
+    x, weight, bias = draw_router(rng, tokens, width)
+    norm = jnp.asarray(rng.uniform(0.5, 1.5, width), jnp.bfloat16)
+    run = jax.jit(norm_route, static_argnums=(2, 5, 6, 7))
+    h, *routing = run(x * 3, norm, EPSILON, weight, bias, 6, NORM_MIN, "cuda")
+    expected = np.asarray(rms_norm(x * 3, norm, EPSILON), np.float64)
+    # Another order of the sum can turn a rounding before the product with the weight and one after it: rarely, but then
+    # of all elements of a token with the same mantissa.
+    np.testing.assert_allclose(np.asarray(h, np.float64), expected, rtol=2**-6)
+    assert (np.asarray(h, np.float64) != expected).mean() < 0.05
+    check_routing(h, weight, bias, 6, *routing)
+
+
+# Decode attention.
+
+EDGES = [1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 449, 512]
+
+
+def describe(rng, lengths, page_size, spare=3):
+    """Return a decode step of sequences of these lengths, 0 for padding, over pages in no order, and how many pages."""
+    lengths = np.asarray(lengths, np.int32)
+    needed = -(-lengths // page_size)
+    count = int(needed.sum()) + spare + 1
+    ids = iter(rng.permutation(count - 1))
+    width = max(1, 4 ** int(np.ceil(np.log(max(needed.max(), 1)) / np.log(4))))
+    table = np.full((len(lengths), width), count - 1, np.int32)
+    for row, pages in enumerate(needed):
+        table[row, :pages] = [next(ids) for _ in range(pages)]
+    rows = np.where(lengths > 0, np.arange(len(lengths)), len(lengths)).astype(np.int32)
+    starts = np.arange(len(lengths) + 1, dtype=np.int32)
+    return RaggedBatch(np.maximum(lengths - 1, 0), rows, starts, lengths, table, max_query=1), count
+
+
+def check_decode(rng, lengths, kv_heads=4, group=5, page_size=128, score=1.0):
+    """Run the kernel twice on pages that are NaN but for what is cached, and compare everything that it wrote."""
+    batch, count = describe(rng, lengths, page_size)
+    tokens = len(lengths)
+    q = normal(rng, tokens, kv_heads, group, H) * jnp.bfloat16(score)
+    k, v = normal(rng, tokens, kv_heads, H), normal(rng, tokens, kv_heads, H)
+    pages = np.full((count * page_size, 2 * kv_heads, H), np.nan, jnp.bfloat16)
+    slots = []  # of each sequence's positions
+    for row, length in enumerate(lengths):
+        position = np.arange(length)
+        slots.append(batch.page_table[row, position // page_size] * page_size + position % page_size)
+        pages[slots[row][:-1]] = normal(rng, max(length - 1, 0), 2 * kv_heads, H)
+    expected = pages.copy()
+    for row, slot in enumerate(slots):
+        if len(slot):
+            expected[slot[-1], ::2], expected[slot[-1], 1::2] = k[row], v[row]
+
+    run = jax.jit(paged_attention, static_argnames="backend", donate_argnums=3)
+    outs = []
+    updated = jnp.asarray(pages).reshape(count, page_size, 2 * kv_heads, H)
+    for _ in range(2):  # the second launch writes the same again, and finds the counters as the first left them
+        if jax.default_backend() == "gpu":  # poison where results are likely to come to lie; the emulator does so
+            jnp.full((64 << 20,), jnp.nan, jnp.bfloat16).block_until_ready()
+        out, updated = run(q, k, v, updated, batch, backend="cuda")
+        outs.append(np.asarray(out))
+    written = np.asarray(updated).reshape(expected.shape)
+    np.testing.assert_array_equal(written.view(np.uint16), expected.view(np.uint16))
+    for out in outs:
+        assert np.isfinite(out.astype(np.float32)).all()
+        for row, slot in enumerate(slots):
+            if not len(slot):
+                np.testing.assert_array_equal(out[row].astype(np.float32), 0)
+                continue
+            for head in range(kv_heads):
+                keys, values = (expected[slot, 2 * head + i].astype(np.float64) for i in range(2))
+                scores = np.asarray(q[row, head], np.float64) @ keys.T / np.sqrt(H)
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                exact = weights @ values / weights.sum(-1, keepdims=True)
+                error = distance(out[row, head], exact)
+                assert error < BOUND, (row, head, len(slot), error)

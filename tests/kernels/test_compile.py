@@ -1,0 +1,43 @@
+"""NVIDIA's compiler takes our kernels, without a warning and without a GPU."""
+
+import concurrent.futures
+import ctypes
+import os
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+from ernie_jax import kernels
+from ernie_jax.errors import UserError
+
+SOURCES = sorted(pathlib.Path(kernels.__file__).parent.glob("*.cu"))
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    try:
+        return kernels.find_nvcc()[0]
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_kernels_compile(nvcc, capability, tmp_path):
+    def compile_one(source):
+        out = tmp_path / f"{source.stem}.cubin"
+        command = [nvcc, *kernels.flags(capability), "-Werror=all-warnings", "-cubin", str(source), "-o", str(out)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(compile_one, SOURCES):
+            assert done.returncode == 0, done.stderr
+
+
+def test_the_library_has_the_handlers(nvcc):
+    library = ctypes.CDLL(str(kernels.build("90")))
+    calls = (path.read_text() for path in (pathlib.Path(kernels.__file__).parent.parent / "ops").glob("*.py"))
+    names = set(re.findall(r'kernels\.call\(\s*"(\w+)"', "".join(calls)))
+    assert len(names) == 5
+    assert all(hasattr(library, name) for name in names)

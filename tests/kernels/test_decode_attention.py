@@ -1,0 +1,41 @@
+"""The decode attention kernel against float64, in the emulator."""
+
+import pytest
+
+from tests.kernels import cases
+
+pytestmark = pytest.mark.usefixtures("emulator")
+
+
+@pytest.mark.parametrize("length", [1, 17, 257, 1000])
+def test_one_sequence(rng, length):
+    cases.check_decode(rng, [length], kv_heads=2)
+
+
+@pytest.mark.parametrize("page_size", [16, 48])
+def test_page_edges_together(rng, page_size):
+    cases.check_decode(rng, cases.EDGES, kv_heads=1, page_size=page_size)
+
+
+def test_one_long_among_many_short(rng):
+    lengths = rng.integers(1, 40, 20)
+    lengths[7] = 2000
+    cases.check_decode(rng, lengths, kv_heads=1)
+
+
+@pytest.mark.parametrize("lengths", [[5, 0], [300, 0, 700, 0, 1, 0, 0, 0], [0, 0]])
+def test_padding(rng, lengths):
+    cases.check_decode(rng, lengths, kv_heads=2)
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (2, 8), (1, 16), (3, 12), (8, 2)])
+def test_heads(rng, kv_heads, group):
+    cases.check_decode(rng, [1, 40, 600], kv_heads, group)
+
+
+def test_peaked_scores(rng):
+    cases.check_decode(rng, [1200, 77], kv_heads=1, score=8.0)
+
+
+def test_many_tokens(rng):
+    cases.check_decode(rng, rng.integers(0, 20, 300), kv_heads=1, page_size=16)

@@ -1,0 +1,115 @@
+"""Experts of several tokens: our Mosaic kernel in Pallas' interpreter, and the CUDA kernels around it emulated."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ernie_jax.errors import UserError
+from ernie_jax.ops import grouped_mlp, mosaic_kernel
+from ernie_jax.ops.mosaic import TILES
+from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
+from tests import emulator
+
+pytestmark = pytest.mark.skipif(emulator.problem() is not None, reason=str(emulator.problem()))
+
+BOUND = 6e-3  # bfloat16 in and out, hidden values rounded up to four times
+EXPERTS, K, INNER, WIDTH = 6, 3, 256, 256
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Run Mosaic kernels on the CPU, on fewer multiprocessors than there are tiles."""
+    monkeypatch.setattr(mosaic_kernel, "_SMS", 4)
+    run = functools.partial(grouped_product, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(mosaic_kernel, "grouped_product", run)
+
+
+def distance(out, expected):
+    return np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def swiglu(x, gate_up):
+    gate, up = np.asarray(gate_up, np.float64) @ x
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def reference(x, chosen, weights, gate_up, down, first=0, shared=None):
+    x, weights, down = (np.asarray(a, np.float64) for a in (x, weights, down))
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        for slot, e in enumerate(np.asarray(chosen[t]) - first):
+            if 0 <= e < len(gate_up):
+                out[t] += weights[t, slot] * (down[e] @ swiglu(x[t], gate_up[e]))
+        if shared is not None:
+            out[t] += np.asarray(shared[1], np.float64) @ swiglu(x[t], shared[0])
+    return out
+
+
+def draw(rng, tokens, skewed=False):
+    def normal(*shape, scale=1.0):
+        return jnp.asarray(rng.normal(size=shape) * scale, jnp.bfloat16)
+
+    chosen = np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :K].astype(np.int32)
+    if skewed:
+        chosen[:] = [4, 1, 1000]
+    weights = jnp.asarray(rng.dirichlet(np.ones(K), size=tokens), jnp.bfloat16)
+    gate_up = normal(EXPERTS, 2, INNER, WIDTH, scale=WIDTH**-0.5)
+    down = normal(EXPERTS, WIDTH, INNER, scale=INNER**-0.5)
+    shared = (
+        normal(2, 2 * INNER, WIDTH, scale=WIDTH**-0.5),
+        normal(WIDTH, 2 * INNER, scale=INNER**-0.5),
+    )
+    return normal(tokens, WIDTH), jnp.asarray(chosen), weights, gate_up, down, shared
+
+
+@pytest.mark.parametrize(
+    ("tokens", "skewed", "along"), [(2, False, True), (33, False, False), (90, True, True), (1200, False, False)]
+)
+def test_experts(tokens, skewed, along, rng):
+    *arguments, shared = draw(rng, tokens, skewed)
+    shared = shared if along else None
+    with emulator.emulated():
+        out = grouped_mlp(*arguments, "mosaic", shared=shared)
+    assert distance(out, reference(*arguments, shared=shared)) < BOUND
+
+
+def test_experts_of_two_shards_add_up(rng):
+    x, chosen, weights, gate_up, down, _ = draw(rng, 9)
+    with emulator.emulated():
+        parts = [
+            grouped_mlp(x, chosen, weights, gate_up[a : a + 3], down[a : a + 3], "mosaic", first_expert=a)
+            for a in (0, 3)
+        ]
+    total = sum(np.asarray(part, np.float64) for part in parts)
+    assert distance(total, reference(x, chosen, weights, gate_up, down)) < BOUND
+
+
+@pytest.mark.parametrize("least", TILES)
+def test_a_product_writes_its_own_rows_only(least, rng):
+    """Blocks of any length, of chosen and of shared experts, the last of them not live."""
+    tiling = Tiling(*TILES[least][1])._replace(steps=2)
+    *_, down, (_, shared) = draw(rng, 1)
+    most = tiling.block
+    lengths = [5, most, 17, 1, 8, 30, 9]
+    starts = np.cumsum([0, *(-(-length // 8) * 8 for length in lengths)])
+    blocks = np.array([*zip([0, 2, 3, 1, EXPERTS, EXPERTS + 1, 4], starts, lengths, strict=False)], np.int32)
+    rows = jnp.asarray(rng.normal(size=(starts[-1] + most, INNER)), jnp.bfloat16)
+    live = len(blocks) - 1
+    arguments = rows, down[:, None], jnp.asarray(blocks), jnp.asarray([live], jnp.int32), tiling, shared[None]
+    out = np.asarray(mosaic_kernel.grouped_product(*arguments), np.float64)
+    written = np.zeros(len(rows), bool)
+    for expert, start, length in blocks[:live]:
+        weight = down[expert] if expert < EXPERTS else shared[:, (expert - EXPERTS) * INNER :][:, :INNER]
+        here = slice(start, start + length)
+        assert distance(out[here], np.asarray(rows[here], np.float64) @ np.asarray(weight, np.float64).T) < BOUND
+        written[start : start + -(-length // 8) * 8] = True
+    assert np.isnan(out[~written]).all()  # the interpreter's mark of what nobody wrote
+
+
+def test_sizes_it_does_not_take(rng):
+    x, chosen, weights, gate_up, down, _ = draw(rng, 2)
+    with emulator.emulated(), pytest.raises(UserError, match="takes multiples of 256, not an inner width of 128"):
+        grouped_mlp(x, chosen, weights, gate_up[:, :, :128], down[:, :, :128], "mosaic")

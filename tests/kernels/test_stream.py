@@ -1,0 +1,36 @@
+"""Our kernels for few tokens against float64, in the emulator."""
+
+import pytest
+
+from tests.kernels import cases
+
+pytestmark = pytest.mark.usefixtures("emulator")
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16])
+def test_linear(tokens, rng):
+    cases.check_linear(rng, tokens, 768, 24)
+
+
+def test_wide_linear(rng):
+    cases.check_linear(rng, 3, 256, 16384)
+
+
+@pytest.mark.parametrize("skew", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 65])
+def test_experts(tokens, skew, rng):
+    cases.check_experts(rng, tokens, 3, 8, 256, 256, skew)
+
+
+def test_wider_experts(rng):
+    cases.check_experts(rng, 5, 6, 33, 512, 768)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_shared_experts_along(tokens, rng):
+    cases.check_shared_experts(rng, tokens, 3, 4, 256, 256)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_shards_and_padding(tokens, rng):
+    cases.check_shards(rng, tokens, 6, 16, 256, 256)
