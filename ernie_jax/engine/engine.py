@@ -14,7 +14,7 @@ import random
 import secrets
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,84 +22,19 @@ import numpy as np
 from ernie_jax import distributed
 from ernie_jax.engine import cache
 from ernie_jax.engine.batching import NO_SLOT, Run, Step, StepShape, build_step
+from ernie_jax.engine.events import FinishReason, Grammar, Progress, Stats, TokenEvent
 from ernie_jax.engine.options import EngineOptions
 from ernie_jax.engine.pages import PagePool
 from ernie_jax.engine.sampler import Sampler, Settings, Stages
 from ernie_jax.engine.sampling import SampleOutput, SamplingParams
 from ernie_jax.engine.scheduler import PREFILL_ROWS, Part, Plan, Scheduler, Task
 from ernie_jax.engine.shapes import Shapes
-from ernie_jax.engine.step import DeviceStep
+from ernie_jax.engine.step import DeviceStep, StepOutput
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
 from ernie_jax.sharding import PRESETS, Layout
 
-FinishReason = Literal["stop", "length"]
-
 _STEPS_AHEAD = 2
-
-
-class Grammar(Protocol):
-    """What a sequence may say next. It belongs to one request, and every process of a run has its own."""
-
-    def mask(self, out: np.ndarray) -> None:
-        """Write the tokens allowed next into `out` [ceil(V / 32)] int32: bit i % 32 of word i / 32; at least one."""
-
-    def accept(self, token: int) -> bool:
-        """Go on by a token; False if the grammar does not take it."""
-
-    @property
-    def finished(self) -> bool:
-        """Tell whether nothing can follow."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenEvent:
-    """One new token of a request; `finish_reason` is set on its last.
-
-    Attributes:
-      cached_tokens: how many tokens of the request's prompt were found in the cache.
-    """
-
-    request: int
-    token: int
-    logprob: float | None
-    top_logprobs: tuple[tuple[int, float], ...]
-    finish_reason: FinishReason | None
-    cached_tokens: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What an engine holds now, and totals since its start.
-
-    Attributes:
-      running, waiting: sequences now.
-      free_pages, cached_pages, used_pages: add up to the whole cache; cached ones are unused but known, and are given
-        out when no free ones are left.
-      preemptions: how often a sequence gave up its pages to compute them again.
-      prompt_tokens: of admitted requests, of which `cached_tokens` were found in the cache.
-      generated_tokens: read back.
-      steps: dispatched.
-    """
-
-    running: int
-    waiting: int
-    free_pages: int
-    cached_pages: int
-    used_pages: int
-    preemptions: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    steps: int
-
-
-class Progress(NamedTuple):
-    """How far a request is: tokens of its prompt, how many of them are computed, and how many of those were cached."""
-
-    prompt_tokens: int
-    computed: int
-    cached: int
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -111,6 +46,8 @@ class _Sequence(Task):
     seed: int
     stages: Stages
     grammar: Grammar | None
+    include_routing: bool
+    problem: str | None = None
 
     @property
     def settings(self) -> Settings:
@@ -120,6 +57,7 @@ class _Sequence(Task):
 class _InFlight(NamedTuple):
     sequences: list[tuple[int, _Sequence]]  # (row, sequence) of the rows that sampled
     out: SampleOutput
+    experts: jax.Array | None
 
 
 class _Following(NamedTuple):
@@ -243,17 +181,22 @@ class Engine:
         *,
         priority: int = 0,
         grammar: Grammar | None = None,
+        include_routing: bool = False,
     ) -> int:
         """Queue a prompt of token ids and return the request's number.
 
         Args:
           priority: of waiting requests those with the lowest number come first, among equals in order.
           grammar: what the answer must obey; ids that end the sequence are its business too. The engine moves it on.
+          include_routing: tell with each token which experts it came from.
 
         Raises:
-          UserError: if the prompt is empty, holds an id outside the vocabulary, or does not fit the context or cache.
+          UserError: if the prompt is empty, holds an id outside the vocabulary, or does not fit the context or cache;
+            or if the model has no experts to tell of.
         """
         self.check(prompt, params)
+        if include_routing and not self.config.is_moe:
+            raise UserError("include_routing needs a model with experts, which this one has not")
         most = min(params.max_new_tokens, self.config.max_position_embeddings - len(prompt))
         request, self._requests = self._requests, self._requests + 1
         sequence = _Sequence(
@@ -266,6 +209,7 @@ class Engine:
             seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
             stages=Stages.of(params),
             grammar=grammar,
+            include_routing=include_routing,
         )
         self._sequences[request] = sequence
         self._scheduler.add(sequence)
@@ -384,6 +328,7 @@ class Engine:
         params: Iterable[SamplingParams] = (),
         context: int | None = None,
         grammars: bool = False,
+        routing: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Compile ahead what steps need, by steps in which nobody takes part. The engine must be idle.
@@ -392,15 +337,19 @@ class Engine:
           params: settings to come; what any of them asks for needs no other program then.
           context: of the longest sequence to come; default: the longest that fits.
           grammars: some requests will have one.
+          routing: some requests will include it.
           progress: called with how many shapes are compiled, of how many.
         """
         shapes, params = self.shapes(context), list(params)
+        if routing:
+            shapes += [dataclasses.replace(shape, routing=True) for shape in shapes]
         self._sampler.lay_out(params)
         by_rows = {}
         for done, shape in enumerate(shapes):
             progress(done, len(shapes))
             nothing = self._make_step([()] * self._groups, shape)
-            by_rows[shape.rows] = self._forward(shape, self._step.place(nothing))
+            out = self._forward(shape, self._step.place(nothing))
+            by_rows[shape.rows] = out.logits, out.rows
         self._sampler.warm_up(params, by_rows.values(), grammars)
         jax.block_until_ready((self._pages, self._sampler.last_tokens))
         progress(len(shapes), len(shapes))
@@ -449,7 +398,7 @@ class Engine:
             if not parts:
                 return [], False
             shape, packed = step.shape, self._step.place(step)
-        logits, rows = self._forward(shape, packed, None if plan.chunks else tasks)
+        out = self._forward(shape, packed, None if plan.chunks else tasks)
         events, sampling = [], [(row, part.task) for row, part in enumerate(parts) if part.samples]
         if sampling:
             mask = None
@@ -457,23 +406,36 @@ class Engine:
                 # What a grammar allows depends on the last token; meanwhile the devices compute.
                 while self._in_flight:
                     events += self._collect()
-                mask = self._sampler.empty_mask(shape.rows)
-                for row, sequence in sampling:
-                    if sequence.grammar and not sequence.finished:
-                        sequence.grammar.mask(mask[row])
+                mask = self._mask(sampling, shape.rows)
             stages = functools.reduce(operator.or_, (sequence.stages for _, sequence in sampling))
-            self._in_flight.append(_InFlight(sampling, self._sampler.sample(logits, rows, stages, mask)))
+            sampled = self._sampler.sample(out.logits, out.rows, stages, mask)
+            experts = None
+            if shape.routing:
+                experts = out.experts.addressable_data(0)
+                experts.copy_to_host_async()
+            self._in_flight.append(_InFlight(sampling, sampled, experts))
         return events, True
 
-    def _forward(
-        self, shape: StepShape, packed: jax.Array, decoding: list[Task] | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Run a step; returns logits and rows for the sampler, and keeps what follows a step of decoding tasks."""
+    def _mask(self, sampling: list[tuple[int, _Sequence]], rows: int) -> np.ndarray | None:
+        """Ask the grammars what they allow in each row; None if everything. One that cannot go on allows all."""
+        mask = None
+        for row, sequence in sampling:
+            if sequence.grammar is None or sequence.finished or sequence.grammar.free:
+                continue
+            mask = self._sampler.empty_mask(rows) if mask is None else mask
+            try:
+                sequence.grammar.mask(mask[row])
+            except UserError as error:
+                sequence.problem = str(error)
+                mask[row] = -1
+        return mask
+
+    def _forward(self, shape: StepShape, packed: jax.Array, decoding: list[Task] | None = None) -> StepOutput:
+        """Run a step, and keep what follows if it is one of decoding tasks alone."""
         out, self._pages = self._step.forward(self._pages, self._sampler.last_tokens, packed, shape)
-        logits, rows, following = out
         if decoding is not None:
-            self._following = _Following(decoding, self._scheduler.changes, shape, following)
-        return logits, rows
+            self._following = _Following(decoding, self._scheduler.changes, shape, out.following)
+        return out
 
     def _build(self, plan: Plan) -> tuple[list[Part], Step | None]:
         """Lay out a step; returns its parts in the order of its rows, and the step unless it is empty."""
@@ -489,6 +451,8 @@ class Engine:
             [[part.count for part in group] for group in chunks],
             max(part.start + part.count for part in parts),
         )
+        if any(part.samples and part.task.include_routing for part in parts):
+            shape = dataclasses.replace(shape, routing=True)
         return parts, self._make_step([[_run(part) for part in group] for group in groups], shape)
 
     def _make_step(self, runs: Sequence[Sequence[Run]], shape: StepShape) -> Step:
@@ -497,7 +461,7 @@ class Engine:
     def _collect(self) -> list[TokenEvent]:
         """Wait for the oldest step in flight and hand out its tokens."""
         step = self._in_flight.popleft()
-        out = jax.tree.map(np.asarray, step.out)
+        out, experts = jax.tree.map(np.asarray, (step.out, step.experts))
         events = []
         for row, sequence in step.sequences:
             if sequence.finished:
@@ -513,15 +477,20 @@ class Engine:
                 top = tuple(pairs)[: params.top_logprobs]
             if reason:
                 self._finish(sequence)
-            events.append(TokenEvent(sequence.request, token, logprob, top, reason, sequence.cached))
+            chosen = experts[:, row] if sequence.include_routing else None
+            event = TokenEvent(sequence.request, token, logprob, top, reason, sequence.cached, chosen, sequence.problem)
+            events.append(event)
         return events
 
     def _finish_reason(self, sequence: _Sequence, token: int) -> FinishReason | None:
         """Say whether a token that was just read ends its sequence, and move its grammar on."""
-        ended = token in sequence.stop_ids
-        if sequence.grammar:
-            # What the mask allowed is taken; a grammar that errs all the same has nothing more to say.
-            ended = not sequence.grammar.accept(token) or sequence.grammar.finished or ended
+        ended, grammar = token in sequence.stop_ids, sequence.grammar
+        if grammar and not sequence.problem:
+            if not grammar.accept(token):
+                sequence.problem = "the grammar does not take a token that it allowed"
+            ended = ended or grammar.finished
+        if sequence.problem:
+            return "error"
         if ended:
             return "stop"
         return "length" if len(sequence.output) == sequence.most else None

@@ -3,10 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
+from ernie_jax.errors import UserError
+from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import single
 
 PAGE = 16
@@ -190,6 +193,8 @@ def test_steps_of_unchanged_sequences_follow_on_the_device(tiny_model, rng, monk
 class Counting:
     """A toy grammar: the next token is the last one plus one to three, from 10 on, until 60 is passed."""
 
+    free = False
+
     def __init__(self):
         self.last = 10
 
@@ -233,14 +238,72 @@ def test_guided_rows_obey_and_the_others_do_not_notice(engine, alone, rng):
         assert tokens == single_run(alone, prompts[0], settings, grammar=Counting())
 
 
-def test_a_grammar_that_errs_ends_its_sequence(engine):
+class Late(Counting):
+    """Say anything five times, then count."""
+
+    def __init__(self):
+        super().__init__()
+        self.spoken = 0
+
+    @property
+    def free(self):
+        return self.spoken < 5
+
+    def accept(self, token):
+        self.spoken += 1
+        return self.spoken <= 5 or super().accept(token)
+
+
+def test_a_grammar_may_be_free_for_a_while(engine, alone, rng):
+    prompt, params = rng.integers(3, 300, 30).tolist(), SamplingParams(max_new_tokens=9, temperature=0.0)
+    params = dataclasses.replace(params, ignore_eos=True)
+    tokens = single_run(engine, prompt, params, grammar=Late())
+    assert tokens[:5] == single_run(alone, prompt, params)[:5]
+    assert len(tokens) == 9 and all(0 < step < 4 for step in np.diff([10, *tokens[5:]]))
+
+
+def test_a_grammar_that_errs_ends_its_sequence_and_no_other(engine, alone, rng):
     class Wrong(Counting):
         def accept(self, token):
             return False
 
-    request = engine.submit([5, 6, 7], SamplingParams(max_new_tokens=20, temperature=0.0), grammar=Wrong())
-    events = drain(engine)[request]
-    assert len(events) == 1 and events[0].finish_reason == "stop"
+    class Lost(Counting):
+        def mask(self, out):
+            if self.last > 20:
+                raise UserError("the grammar is too complex")
+            super().mask(out)
+
+    prompt, params = rng.integers(3, 300, 30).tolist(), SamplingParams(max_new_tokens=30, temperature=0.0)
+    params = dataclasses.replace(params, ignore_eos=True)
+    wrong, lost = (engine.submit([5, 6, 7], params, grammar=grammar) for grammar in (Wrong(), Lost()))
+    other = engine.submit(prompt, params)
+    events = drain(engine)
+    assert tokens_of(events[other]) == single_run(alone, prompt, params)
+    for request, problem in ((wrong, "does not take a token"), (lost, "too complex")):
+        *before, last = events[request]
+        assert last.finish_reason == "error" and problem in last.problem
+        assert all(event.problem is None for event in before)
+    assert len(events[wrong]) == 1 and len(events[lost]) > 4
+    assert engine.stats().used_pages == 0
+
+
+def test_experts_are_told_to_those_who_ask(tiny_model, alone, rng):
+    prompt, other = (rng.integers(3, 300, length).tolist() for length in (20, 70))
+    params = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
+    asking, silent = alone.submit(prompt, params, include_routing=True), alone.submit(other, params)
+    events = drain(alone)
+    assert all(event.experts is None for event in events[silent])
+    tokens = [*prompt, *tokens_of(events[asking])]
+    assert tokens[20:] == single_run(alone, prompt, params)
+    out = tiny_model(jnp.asarray(tokens), jnp.arange(len(tokens)), attend_to_all)
+    expected = np.stack([routed.experts for routed in out.routing])  # [L, T, k]
+    found = np.stack([event.experts for event in events[asking]], axis=1)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected[:, 19:-1])
+
+
+def attend_to_all(q, k, v, cache):
+    return packed_attention(q[None], k[None], v[None], jnp.zeros((1, len(q)), jnp.int32))[0], cache
 
 
 def test_after_warming_up_nothing_is_compiled(tiny_model, rng):

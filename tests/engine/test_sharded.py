@@ -127,7 +127,7 @@ def test_prefill_mixed_and_decode_steps(layout, routing, decode, tiny_config, rn
         shape = StepShape(tokens, 8, tokens, 8, 4, query, decode)
         batch = build_step(runs, shape, page_size=PAGE, scratch_page=31)
         last_tokens = layout.put(np.zeros(1, np.int32))
-        (logits, _, _), pages = step.forward(pages, last_tokens, step.place(batch), shape)
+        (logits, *_), pages = step.forward(pages, last_tokens, step.place(batch), shape)
         rows = [i for members in by_group for i in members]
         for row, i in zip(np.asarray(logits), rows, strict=False):
             done[i] += chunks[i][round]
