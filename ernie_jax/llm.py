@@ -18,8 +18,7 @@ from flax import nnx
 
 from ernie_jax import checkpoint
 from ernie_jax.config import ModelConfig, read_json
-from ernie_jax.engine import Engine, EngineOptions, SamplingParams
-from ernie_jax.engine.engine import FinishReason, TokenEvent
+from ernie_jax.engine import Engine, EngineOptions, FinishReason, SamplingParams, TokenEvent
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie, abstract_model, initialize
 from ernie_jax.paths import storage_path

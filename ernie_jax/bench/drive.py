@@ -45,21 +45,23 @@ def run(engine: Engine, prompts: Sequence[Sequence[int]], new: int) -> tuple[flo
 
 def shuffle_pages(engine: Engine, rng: np.random.Generator) -> None:
     """Put the free pages of an idle engine in random order, as hours of serving do."""
-    for free in engine._pools._free:
-        rng.shuffle(free)
+    for pool in engine._pools:
+        pool.forget()
+        rng.shuffle(pool.free)
 
 
 def start_decoding(engine: Engine, prompts: Sequence[Sequence[int]], new: int) -> None:
     """Submit prompts and compute them, so that the steps that follow are decode steps alone."""
     for prompt in prompts:
         engine.submit(prompt, greedy(new))
-    while engine._waiting or any(s.computed < len(s.prompt) for s in engine._running):
+    scheduler = engine._scheduler
+    while scheduler.waiting or any(task.computed < task.target for task in scheduler.running):
         engine.step()
 
 
 def settle(engine: Engine) -> None:
     """Wait until the devices have done all that was dispatched."""
-    jax.block_until_ready((engine._pages, engine._last_tokens))
+    jax.block_until_ready((engine._pages, engine._sampler.last_tokens))
 
 
 def needed_tokens(engine: Engine, prompt: int, new: int) -> int:

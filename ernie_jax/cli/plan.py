@@ -46,7 +46,7 @@ def _plan(values: flags.FlagValues) -> None:
     require(values, "model", "topology")
     os.environ["JAX_PLATFORMS"] = "cpu"  # read when JAX starts: leave this machine's accelerators alone
     from ernie_jax.checkpoint import parse_dtype
-    from ernie_jax.engine.engine import default_prefill_chunk
+    from ernie_jax.engine.options import default_prefill_chunk
     from ernie_jax.planner import report
     from ernie_jax.planner.plan import Plan, Request, estimate_all, make_plan, measure, suggest
     from ernie_jax.planner.topology import parse_topology

@@ -40,6 +40,8 @@ class StepShape:
     Attributes:
       pages: width of the page tables.
       query: most new tokens of a row.
+      decode: how many leading rows of a group have one token each, unused ones included; 0: that is not fixed.
+      routing: also return the experts of each row.
     """
 
     tokens: int
@@ -48,6 +50,8 @@ class StepShape:
     group_rows: int
     pages: int
     query: int
+    decode: int = 0
+    routing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +60,8 @@ class Step:
 
     Attributes:
       tokens: [T] int32.
-      last: [B] int32 index of each row's last token; unused rows repeat the first.
-      starts: [B + 1] int32 first token of each row; rows are numbered through all groups.
-      slots, indices: [B] int32 of each row's run.
+      last: [B] int32 index of each run's last token; rows are numbered through all groups, unused ones take token 0.
+      slots, indices: [B] int32 of each run.
       groups: a RaggedBatch for each group.
       group_starts, group_counts: [G] int32 which of the tokens are a group's.
     """
@@ -66,7 +69,6 @@ class Step:
     shape: StepShape
     tokens: np.ndarray
     last: np.ndarray
-    starts: np.ndarray
     slots: np.ndarray
     indices: np.ndarray
     groups: list[RaggedBatch]
@@ -87,67 +89,80 @@ def table_width(needed: int, max_pages: int, page_size: int) -> int:
     return bucket(needed, max_pages, least=max(1, 512 // page_size))
 
 
-def build_step(
-    runs: Sequence[Sequence[Run]], *, tokens: int, rows: int, page_size: int, max_pages: int, scratch_page: int
-) -> Step:
-    """Pack the runs of each data group.
+def build_step(runs: Sequence[Sequence[Run]], shape: StepShape, *, page_size: int, scratch_page: int) -> Step:
+    """Pack the runs of each data group, those of decoding sequences first, into the arrays of a shape that fits them.
 
     Args:
-      tokens, rows: the static T and B; at least what the runs of all groups need.
-      max_pages: pages of the longest sequence allowed; the table's width is a bucket below it.
       scratch_page: entry of unused places in the page tables.
     """
-    counts = [sum(len(run.tokens) for run in group) for group in runs]
-    lengths = [len(run.tokens) for group in runs for run in group]
-    group_tokens = _share(tokens, len(runs), max(counts))
-    group_rows = _share(rows, len(runs), max(len(group) for group in runs))
-    needed = max(-(-(run.start + len(run.tokens)) // page_size) for group in runs for run in group)
-    pages = table_width(needed, max_pages, page_size)
-    query = group_tokens if group_rows == 1 else bucket(max(lengths), group_tokens, factor=8)
-    ids = np.zeros(tokens, np.int32)
-    ids[: sum(lengths)] = [token for group in runs for run in group for token in run.tokens]
-    starts = np.full(rows + 1, sum(lengths), np.int32)
-    starts[: len(lengths) + 1] = np.cumsum([0, *lengths])
-    last = np.zeros(rows, np.int32)
-    last[: len(lengths)] = starts[1 : len(lengths) + 1] - 1
-    slots = np.full(rows, NO_SLOT, np.int32)
-    slots[: len(lengths)] = [run.slot for group in runs for run in group]
-    indices = np.zeros(rows, np.int32)
-    indices[: len(lengths)] = [run.index for group in runs for run in group]
-    sizes = {"tokens": group_tokens, "rows": group_rows, "pages": pages, "query": query}
-    return Step(
-        StepShape(tokens, rows, group_tokens, group_rows, pages, query),
-        ids,
-        last,
-        starts,
-        slots,
-        indices,
-        [build_batch(group, page_size=page_size, scratch_page=scratch_page, **sizes) for group in runs],
-        np.cumsum([0, *counts[:-1]], dtype=np.int32),
-        np.array(counts, np.int32),
-    )
+    sizes = {"tokens": shape.group_tokens, "rows": shape.group_rows, "pages": shape.pages, "query": shape.query}
+    sizes |= {"decode": shape.decode, "page_size": page_size, "scratch_page": scratch_page}
+    groups = [build_batch(group, **sizes) for group in runs]
+    counts = np.array([batch.starts[-1] for batch in groups], np.int32)
+    group_starts = np.cumsum(counts, dtype=np.int32) - counts
+    every = [run for group in runs for run in group]
+    lengths = np.array([len(run.tokens) for run in every], np.int32)
+    firsts = [
+        first + batch.starts[_rows(group, shape.decode)]
+        for group, batch, first in zip(runs, groups, group_starts, strict=True)
+    ]
+    firsts = np.concatenate(firsts).astype(np.int32)
+    tokens = np.zeros(shape.tokens, np.int32)
+    tokens[np.repeat(firsts, lengths) + _within(lengths)] = [token for run in every for token in run.tokens]
+    last = np.zeros(shape.rows, np.int32)
+    last[: len(every)] = firsts + lengths - 1
+    slots = np.full(shape.rows, NO_SLOT, np.int32)
+    slots[: len(every)] = [run.slot for run in every]
+    indices = np.zeros(shape.rows, np.int32)
+    indices[: len(every)] = [run.index for run in every]
+    return Step(shape, tokens, last, slots, indices, groups, group_starts, counts)
 
 
 def build_batch(
-    runs: Sequence[Run], *, tokens: int, rows: int, pages: int, query: int, page_size: int, scratch_page: int
+    runs: Sequence[Run],
+    *,
+    tokens: int,
+    rows: int,
+    pages: int,
+    query: int,
+    page_size: int,
+    scratch_page: int,
+    decode: int = 0,
 ) -> RaggedBatch:
     """Describe the runs of one data group to its attention, in arrays of the given static sizes."""
-    lengths = [len(run.tokens) for run in runs]
+    places = _rows(runs, decode)
+    lengths = np.array([len(run.tokens) for run in runs], np.int32)
+    starts = np.zeros(rows + 1, np.int32)
+    starts[1 + places] = lengths
+    starts = np.cumsum(starts, dtype=np.int32)
+    starts[decode:] += max(0, decode - starts[decode])  # the fixed part's unused tokens
+    before = np.array([run.start for run in runs], np.int32)
+    within = _within(lengths)
+    here = np.repeat(starts[places], lengths) + within
     positions = np.zeros(tokens, np.int32)
+    positions[here] = np.repeat(before, lengths) + within
     batch_rows = np.full(tokens, rows, np.int32)
-    starts = np.full(rows + 1, sum(lengths), np.int32)
-    starts[: len(runs) + 1] = np.cumsum([0, *lengths])
+    batch_rows[here] = np.repeat(places, lengths)
     kv_lengths = np.zeros(rows, np.int32)
+    kv_lengths[places] = before + lengths
+    reserved = [run.pages[:pages] for run in runs]  # also those that later steps will fill
+    counts = np.array([len(part) for part in reserved], np.int32)
     table = np.full((rows, pages), scratch_page, np.int32)
-    for row, (run, length) in enumerate(zip(runs, lengths, strict=True)):
-        here = slice(starts[row], starts[row] + length)
-        end = run.start + length
-        positions[here] = np.arange(run.start, end)
-        batch_rows[here] = row
-        kv_lengths[row] = end
-        reserved = run.pages[:pages]  # also those that later steps will fill
-        table[row, : len(reserved)] = reserved
-    return RaggedBatch(positions, batch_rows, starts, kv_lengths, table, max_query=query)
+    table[np.repeat(places, counts), _within(counts)] = [page for part in reserved for page in part]
+    return RaggedBatch(positions, batch_rows, starts, kv_lengths, table, max_query=query, decode=decode)
+
+
+def _rows(runs: Sequence[Run], decode: int) -> np.ndarray:
+    """Return the row of each run in its group: behind the first `decode` rows come those with more than one token."""
+    lead = 0
+    while lead < min(decode, len(runs)) and len(runs[lead].tokens) == 1:
+        lead += 1
+    return np.concatenate([np.arange(lead), decode + np.arange(len(runs) - lead)]).astype(np.int32)
+
+
+def _within(counts: np.ndarray) -> np.ndarray:
+    """Return 0, 1, ... up to each count, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 class Packed(NamedTuple):
@@ -176,7 +191,8 @@ class Packed(NamedTuple):
     def batch(self, shape: StepShape) -> RaggedBatch:
         """Return what the group's attention needs."""
         table = self.table.reshape(shape.group_rows, shape.pages)
-        return RaggedBatch(self.positions, self.rows, self.starts, self.lengths, table, max_query=shape.query)
+        fields = self.positions, self.rows, self.starts, self.lengths, table
+        return RaggedBatch(*fields, max_query=shape.query, decode=shape.decode)
 
     def advance(self) -> Packed:
         """Return the decode step that follows this one, for the same sequences."""
@@ -208,26 +224,3 @@ def pack(step: Step) -> np.ndarray:
 def unpack(row: jax.Array, shape: StepShape) -> Packed:
     """Read a row of `pack`."""
     return Packed(*jnp.split(row, np.cumsum(packed_sizes(shape))[:-1]))
-
-
-def take_chunks(waiting: Sequence[int], budget: int, rows: int) -> list[int]:
-    """Say how many tokens of each waiting run go into the next step, in order: at most `budget` tokens, `rows` runs.
-
-    The reference attention pads all runs of a step to the longest, so a run joins only while that stays within twice
-    the budget.
-    """
-    chunks: list[int] = []
-    left = budget
-    for length in waiting[:rows]:
-        chunk = min(length, left)
-        if chunk == 0 or (chunks and (len(chunks) + 1) * max(*chunks, chunk) > 2 * budget):
-            break
-        chunks.append(chunk)
-        left -= chunk
-    return chunks
-
-
-def _share(total: int, groups: int, most: int) -> int:
-    """Return how much of a static size a group gets: an even share if that is enough for all, else the whole."""
-    even = -(-total // groups)
-    return even if most <= even else total

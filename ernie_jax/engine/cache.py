@@ -1,4 +1,4 @@
-"""The paged KV cache: arrays on the devices, page bookkeeping on the host."""
+"""The paged KV cache on the devices."""
 
 from __future__ import annotations
 
@@ -60,29 +60,3 @@ def default_group_tokens(config: ModelConfig, dtype: jnp.dtype, layout: Layout, 
             )
         tokens = min(tokens, free // per_token)
     return tokens
-
-
-class PagePools:
-    """Hand out the pages of each data group, numbered 0..P-1 in it, and place new sequences in groups."""
-
-    def __init__(self, groups: int, group_pages: int):
-        self._free = [list(range(group_pages - 1, -1, -1)) for _ in range(groups)]
-        self._sequences = [0] * groups
-
-    @property
-    def num_free(self) -> int:
-        return sum(map(len, self._free))
-
-    def allocate(self, count: int) -> tuple[int, list[int]] | None:
-        """Choose the group with fewest sequences that has `count` free pages and take them; None if there is none."""
-        groups = [group for group, free in enumerate(self._free) if len(free) >= count]
-        if not groups:
-            return None
-        group = min(groups, key=lambda group: (self._sequences[group], -len(self._free[group])))
-        self._sequences[group] += 1
-        return group, [self._free[group].pop() for _ in range(count)]
-
-    def release(self, group: int, pages: list[int]) -> None:
-        """Take back the pages of a sequence."""
-        self._sequences[group] -= 1
-        self._free[group].extend(pages)

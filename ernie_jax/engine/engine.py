@@ -8,132 +8,72 @@ are dropped.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import random
 import secrets
-from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ernie_jax import distributed
 from ernie_jax.engine import cache
-from ernie_jax.engine.batching import NO_SLOT, Run, Step, StepShape, bucket, build_step, take_chunks
-from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, SamplingParams, build_rows
-from ernie_jax.engine.step import DeviceStep
+from ernie_jax.engine.batching import NO_SLOT, Run, Step, StepShape, build_step
+from ernie_jax.engine.events import FinishReason, Grammar, Progress, Stats, TokenEvent
+from ernie_jax.engine.options import EngineOptions
+from ernie_jax.engine.pages import PagePool
+from ernie_jax.engine.sampler import Sampler, Settings, Stages
+from ernie_jax.engine.sampling import SampleOutput, SamplingParams
+from ernie_jax.engine.scheduler import PREFILL_ROWS, Part, Plan, Scheduler, Task
+from ernie_jax.engine.shapes import Shapes
+from ernie_jax.engine.step import DeviceStep, StepOutput
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
-from ernie_jax.ops import (
-    ATTENTION_BACKENDS,
-    EXCHANGE_BACKENDS,
-    EXPERT_BACKENDS,
-    HALVES,
-    LINEAR_BACKENDS,
-    ROUTER_BACKENDS,
-)
 from ernie_jax.sharding import PRESETS, Layout
 
-FinishReason = Literal["stop", "length"]
-
-# Kernels for one kind of chip; the other backends run everywhere.
-_PLATFORMS = {"rpa": ("tpu",), "gmm": ("tpu",), "ragged": ("tpu", "gpu"), "cuda": ("gpu",), "mosaic": ("gpu",)}
 _STEPS_AHEAD = 2
-_PREFILL_ROWS = 8  # of a data group
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """Size an Engine.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Sequence(Task):
+    """A request on its way, and how it is sampled."""
 
-    Attributes:
-      cache_tokens: tokens that the KV cache holds over all sequences; None takes what fits in the device's memory.
-      max_sequences: sequences decoded at the same time.
-      prefill_chunk: most prompt tokens of a step; None takes 8192 on a GPU, else 512.
-      page_size: tokens of a cache page.
-      expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by platform and number of tokens.
-      attention_backend: a name of ops.ATTENTION_BACKENDS; None chooses by platform.
-      exchange_backend: a name of ops.EXCHANGE_BACKENDS; None chooses by platform.
-      linear_backend: a name of ops.LINEAR_BACKENDS; None chooses by platform and shape.
-      router_backend: a name of ops.ROUTER_BACKENDS; None chooses by platform and shape.
-      halves_backend: a name of ops.HALVES; None chooses by platform, unless a backend of a part is asked for.
-    """
-
-    cache_tokens: int | None = None
-    max_sequences: int = 64
-    prefill_chunk: int | None = None
-    page_size: int = cache.PAGE_SIZE
-    expert_backend: str | None = None
-    attention_backend: str | None = None
-    exchange_backend: str | None = None
-    linear_backend: str | None = None
-    router_backend: str | None = None
-    halves_backend: str | None = None
-
-    def __post_init__(self):
-        for name in ("cache_tokens", "max_sequences", "prefill_chunk", "page_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        known = {
-            "expert": EXPERT_BACKENDS,
-            "attention": ATTENTION_BACKENDS,
-            "exchange": EXCHANGE_BACKENDS,
-            "linear": LINEAR_BACKENDS,
-            "router": ROUTER_BACKENDS,
-            "halves": HALVES,
-        }
-        for op, backends in known.items():
-            backend = getattr(self, f"{op}_backend")
-            if backend not in (None, *backends):
-                raise UserError(f"ops: no {op} backend {backend!r}; choose one of {', '.join(backends)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenEvent:
-    """One new token of a request; `finish_reason` is set on its last."""
-
-    request: int
-    token: int
-    logprob: float | None
-    top_logprobs: tuple[tuple[int, float], ...]
-    finish_reason: FinishReason | None
-
-
-@dataclasses.dataclass(eq=False)
-class _Sequence:
-    """A request on its way. `computed` and `sampled` count what was dispatched, `output` what was read back."""
-
-    request: int
-    prompt: Sequence[int]
     params: SamplingParams
-    stop_ids: frozenset[int] = frozenset()
-    seed: int = 0
-    most: int = 0  # new tokens, by the request or by the context length
-    slot: int = -1
-    group: int = -1
-    pages: list[int] = dataclasses.field(default_factory=list)
-    computed: int = 0
-    sampled: int = 0
-    output: list[int] = dataclasses.field(default_factory=list)
-    finished: bool = False
+    stop_ids: frozenset[int]
+    seed: int
+    stages: Stages
+    grammar: Grammar | None
+    include_routing: bool
+    problem: str | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.slot, self.params, self.seed, self.prompt, self.output)
 
 
-@dataclasses.dataclass(frozen=True)
-class _InFlight:
+class _InFlight(NamedTuple):
     sequences: list[tuple[int, _Sequence]]  # (row, sequence) of the rows that sampled
     out: SampleOutput
+    experts: jax.Array | None
 
 
-def default_prefill_chunk(platform: str) -> int:
-    """Return how many prompt tokens a step takes at most."""
-    # On a GPU, long chunks keep the grouped products busy: 591 TFLOP/s at 8,192 tokens, 407 at 2,048 (H200).
-    # On a TPU, XLA's scatter of 2,048 tokens changes the layout of the whole cache; that of 512 does not.
-    return 8192 if platform == "gpu" else 512
+class _Following(NamedTuple):
+    """The step after a decode step of the same sequences over the same pages, on the devices already."""
+
+    tasks: list[Task]
+    changes: int
+    shape: StepShape
+    packed: jax.Array
 
 
 class Engine:
     """Generate for many requests at once over one paged cache.
+
+    Requests join and leave between steps. It knows no clock: whoever sets a deadline calls `cancel` when it has passed,
+    and where several processes run the same engine, at the same step in all of them.
 
     Raises:
       UserError: if the options do not suit the model or the device.
@@ -157,15 +97,7 @@ class Engine:
         self.config = model.config
         if not PRESETS[layout.preset].serves:
             raise UserError(f"--sharding={layout.preset} is for training; choose another to generate")
-        options = options or EngineOptions()
-        ops = ("expert", "attention", "exchange", "linear", "router", "halves")
-        backends = {f"{op}_backend": getattr(options, f"{op}_backend") for op in ops}
-        for backend in backends.values():
-            if backend in _PLATFORMS and layout.platform not in _PLATFORMS[backend]:
-                raise UserError(f"ops: backend {backend} does not run on a {layout.platform}; leave it out")
-        if options.prefill_chunk is None:
-            options = dataclasses.replace(options, prefill_chunk=default_prefill_chunk(layout.platform))
-        self.options = options
+        self.options = options = (options or EngineOptions()).on(layout.platform)
         self.dtype = model.embed.weight.dtype
         self.valid_vocab = valid_vocab or self.config.vocab_size
         self.stop_ids = stop_ids
@@ -176,21 +108,24 @@ class Engine:
         else:
             tokens = -(-options.cache_tokens // self._groups)
         self._group_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
-        self._max_pages = -(-self.config.max_position_embeddings // options.page_size)
         self._pages = cache.make_pages(self.config, self.dtype, self._group_pages, options.page_size, layout)
-        self._pools = cache.PagePools(self._groups, self._group_pages - 1)
-        self._step = DeviceStep(model, layout, **backends)
-        self._last_tokens = layout.put(np.zeros(options.max_sequences, np.int32))
-        self._put = layout.put
+        self._pools = [PagePool(self._group_pages - 1) for _ in range(self._groups)]
+        self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
+        self._step = DeviceStep(model, layout, **options.backends)
+        self._shapes = Shapes(
+            self._groups,
+            options.max_sequences,
+            options.prefill_chunk,
+            options.mixed_chunk,
+            options.page_size,
+            max_pages=-(-self.config.max_position_embeddings // options.page_size),
+            splits=self._step.attention_backend != "rpa",
+        )
+        self._sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
         self._seeds = random.Random(distributed.broadcast(secrets.randbits(63)))
-        self._features = Features()
-        self._sampler: SamplerState | None = None
-        self._free_slots = list(range(options.max_sequences - 1, -1, -1))
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
+        self._sequences: dict[int, _Sequence] = {}
         self._in_flight: deque[_InFlight] = deque()
-        # The last step if it was one of decoding: its sequences and shape, and on the devices the step that follows.
-        self._following: tuple[list[_Sequence], StepShape, jax.Array] | None = None
+        self._following: _Following | None = None
         self._requests = 0
 
     @property
@@ -205,8 +140,12 @@ class Engine:
 
     @property
     def free_tokens(self) -> int:
-        """How many tokens of the cache no sequence has reserved."""
-        return self._pools.num_free * self.options.page_size
+        """How many tokens of the cache no sequence uses."""
+        return sum(pool.available for pool in self._pools) * self.options.page_size
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._in_flight)
 
     def describe_ops(self) -> str:
         """Name the backend of every op, and where it was not asked for what decides."""
@@ -222,34 +161,78 @@ class Engine:
             words.append(f"exchange: {step.backends.exchange}")
         return " · ".join(words)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._in_flight)
+    def stats(self) -> Stats:
+        """Count what the engine holds and has done."""
+        pages = self._groups * (self._group_pages - 1)
+        cached, free = (sum(counts) for counts in zip(*((p.idle, len(p.free)) for p in self._pools), strict=True))
+        return Stats(
+            len(self._scheduler.running),
+            len(self._scheduler.waiting),
+            free,
+            cached,
+            pages - free - cached,
+            **dataclasses.asdict(self._scheduler.counters),
+        )
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        grammar: Grammar | None = None,
+        include_routing: bool = False,
+    ) -> int:
         """Queue a prompt of token ids and return the request's number.
 
+        Args:
+          priority: of waiting requests those with the lowest number come first, among equals in order.
+          grammar: what the answer must obey; ids that end the sequence are its business too. The engine moves it on.
+          include_routing: tell with each token which experts it came from.
+
         Raises:
-          UserError: if the prompt is empty, holds an id outside the vocabulary, or does not fit the context or cache.
+          UserError: if the prompt is empty, holds an id outside the vocabulary, or does not fit the context or cache;
+            or if the model has no experts to tell of.
         """
         self.check(prompt, params)
+        if include_routing and not self.config.is_moe:
+            raise UserError("include_routing needs a model with experts, which this one has not")
         most = min(params.max_new_tokens, self.config.max_position_embeddings - len(prompt))
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
-        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         request, self._requests = self._requests, self._requests + 1
-        self._waiting.append(_Sequence(request, prompt, params, stop_ids, seed, most))
+        sequence = _Sequence(
+            request,
+            prompt,
+            most,
+            priority,
+            params=params,
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids),
+            seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
+            stages=Stages.of(params),
+            grammar=grammar,
+            include_routing=include_routing,
+        )
+        self._sequences[request] = sequence
+        self._scheduler.add(sequence)
         return request
 
     def cancel(self, request: int) -> None:
         """Drop a request; its pages are free at once. An unknown or finished one is ignored."""
-        self._waiting = deque(s for s in self._waiting if s.request != request)
-        for sequence in [s for s in self._running if s.request == request]:
-            self._finish(sequence)
+        if request in self._sequences:
+            self._finish(self._sequences[request])
+
+    def progress(self, request: int) -> Progress | None:
+        """Tell how far the prompt of a request is computed, as far as dispatched; None if it has finished."""
+        if (sequence := self._sequences.get(request)) is None:
+            return None
+        length = len(sequence.prompt)
+        return Progress(length, min(sequence.computed, length), sequence.cached or 0)
 
     def step(self) -> list[TokenEvent]:
         """Dispatch the next step if there is one, and return the tokens that have arrived meanwhile."""
-        events = self._admit()
-        dispatched = self._dispatch()
+        plan = self._scheduler.plan()
+        events = self._set_sampler(plan.admitted)
+        more, dispatched = self._dispatch(plan)
+        events += more
         if len(self._in_flight) > _STEPS_AHEAD or (self._in_flight and not dispatched):
             events += self._collect()
         return events
@@ -276,35 +259,28 @@ class Engine:
             raise RuntimeError("score needs an idle engine")
         for prompt in prompts:
             self.check_length(prompt)
-        waiting = deque(_Sequence(i, prompt, SamplingParams()) for i, prompt in enumerate(prompts))
-        active: list[_Sequence] = []
-        parts: dict[int, list[tuple[jax.Array, slice]]] = {i: [] for i in range(len(prompts))}
+        scheduler = self._make_scheduler(self._groups * PREFILL_ROWS, prefix_caching=False)
+        for index, prompt in enumerate(prompts):
+            scheduler.add(Task(index, prompt, most=0))
+        pieces = defaultdict(list)
         try:
-            while waiting or active:
-                while (
-                    waiting
-                    and len(active) < self._groups * _PREFILL_ROWS
-                    and self._reserve(waiting[0], len(waiting[0].prompt))
-                ):
-                    active.append(waiting.popleft())
-                chosen, step = self._prefill_step(active)
+            while plan := scheduler.plan():
+                parts, step = self._build(plan)
+                places = [slice(end + 1 - part.count, end + 1) for part, end in zip(parts, step.last, strict=False)]
                 targets = np.zeros(len(step.tokens), np.int32)
-                places = [slice(*step.starts[row : row + 2]) for row in range(len(chosen))]
-                for sequence, place in zip(chosen, places, strict=True):
-                    after = sequence.prompt[sequence.computed + 1 :][: place.stop - place.start]
+                for part, place in zip(parts, places, strict=True):
+                    after = part.task.prompt[part.start + 1 :][: part.count]
                     targets[place.start : place.start + len(after)] = after
                 logprobs, self._pages = self._step.score(self._pages, step, targets)
-                for sequence, place in zip(chosen, places, strict=True):
-                    parts[sequence.request].append((logprobs, place))
-                    sequence.computed += place.stop - place.start
-                    if sequence.computed == len(sequence.prompt):
-                        active.remove(sequence)
-                        self._pools.release(sequence.group, sequence.pages)
-                        pieces = [np.asarray(array)[where] for array, where in parts.pop(sequence.request)]
-                        yield sequence.request, np.concatenate(pieces)[:-1].tolist()
+                for part, place in zip(parts, places, strict=True):
+                    pieces[part.task.request].append((logprobs, place))
+                for task in [part.task for part in parts if part.task.computed == part.task.target]:
+                    scheduler.drop(task)
+                    found = [np.asarray(array)[where] for array, where in pieces.pop(task.request)]
+                    yield task.request, np.concatenate(found)[:-1].tolist()
         finally:
-            for sequence in active:  # if the caller stops early
-                self._pools.release(sequence.group, sequence.pages)
+            for task in list(scheduler.running):  # if the caller stops early
+                scheduler.drop(task)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Check a request without queueing it; raises as `submit`."""
@@ -342,136 +318,157 @@ class Engine:
         if bad := [t for t in tokens if not 0 <= t < self.config.vocab_size]:
             raise UserError(f"token id {bad[0]} is outside the vocabulary of {self.config.vocab_size}")
 
-    def _reserve(self, sequence: _Sequence, tokens: int) -> bool:
-        place = self._pools.allocate(-(-tokens // self.options.page_size))
-        if place is not None:
-            sequence.group, sequence.pages = place
-        return place is not None
+    def shapes(self, context: int | None = None) -> list[StepShape]:
+        """Return the shapes of steps, each a program, of sequences of up to `context` tokens; default: the longest."""
+        most = min(self.config.max_position_embeddings, self.group_tokens)
+        return self._shapes.all(min(context or most, most))
 
-    def _admit(self) -> list[TokenEvent]:
-        """Give waiting sequences slots, and pages for all they may generate, while both last."""
-        new: list[_Sequence] = []
+    def warm_up(
+        self,
+        params: Iterable[SamplingParams] = (),
+        context: int | None = None,
+        grammars: bool = False,
+        routing: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Compile ahead what steps need, by steps in which nobody takes part. The engine must be idle.
+
+        Args:
+          params: settings to come; what any of them asks for needs no other program then.
+          context: of the longest sequence to come; default: the longest that fits.
+          grammars: some requests will have one.
+          routing: some requests will include it.
+          progress: called with how many shapes are compiled, of how many.
+        """
+        shapes, params = self.shapes(context), list(params)
+        if routing:
+            shapes += [dataclasses.replace(shape, routing=True) for shape in shapes]
+        self._sampler.lay_out(params)
+        by_rows = {}
+        for done, shape in enumerate(shapes):
+            progress(done, len(shapes))
+            nothing = self._make_step([()] * self._groups, shape)
+            out = self._forward(shape, self._step.place(nothing))
+            by_rows[shape.rows] = out.logits, out.rows
+        self._sampler.warm_up(params, by_rows.values(), grammars)
+        jax.block_until_ready((self._pages, self._sampler.last_tokens))
+        progress(len(shapes), len(shapes))
+
+    def _make_scheduler(self, slots: int, prefix_caching: bool) -> Scheduler:
+        options = self.options
+        return Scheduler(
+            self._pools,
+            options.page_size,
+            slots=slots,
+            prefill_chunk=options.prefill_chunk,
+            mixed_chunk=options.mixed_chunk,
+            prefix_caching=prefix_caching,
+        )
+
+    def _set_sampler(self, admitted: list[_Sequence]) -> list[TokenEvent]:
+        """Tell the devices how new sequences are sampled; returns tokens that had to be read before."""
         events: list[TokenEvent] = []
-        while self._waiting and self._free_slots:
-            if not self._reserve(self._waiting[0], len(self._waiting[0].prompt) + self._waiting[0].most):
-                break
-            new.append(self._waiting.popleft())
-            new[-1].slot = self._free_slots.pop()
-        if not new:
+        if not admitted:
             return events
-        self._running += new
-        needed = Features.of(sequence.params for sequence in self._running)
-        if self._sampler is None or not self._features.covers(needed):
+        running = self._scheduler.running
+        if not self._sampler.covers(sequence.params for sequence in admitted):
             # Other sampler arrays are needed: read the tokens in flight, then lay out every row anew.
             while self._in_flight:
                 events += self._collect()
-            self._features = needed
-            idle = [_Sequence(-1, (), SamplingParams(), slot=slot) for slot in range(self.options.max_sequences)]
-            self._sampler = jax.tree.map(self._put, self._sampler_rows(idle))
-            new = self._running
-        slots = np.array([sequence.slot for sequence in new], np.int32)
-        self._sampler = self._step.set_rows(self._sampler, slots, self._sampler_rows(new))
+            self._sampler.lay_out(sequence.params for sequence in running)
+            admitted = running
+        self._sampler.set([sequence.settings for sequence in admitted])
         return events
 
-    def _sampler_rows(self, sequences: list[_Sequence]) -> SamplerState:
-        return build_rows(
-            [s.params for s in sequences],
-            [s.seed for s in sequences],
-            [s.prompt for s in sequences],
-            [s.output for s in sequences],
-            features=self._features,
-            vocab_size=self.config.vocab_size,
-        )
-
-    def _dispatch(self) -> bool:
-        """Dispatch a prefill step if any prompt is unfinished, else a decode step; False if there is nothing to do."""
-        if prefilling := [s for s in self._running if s.computed < len(s.prompt)]:
-            self._following = None
-            chosen, step = self._prefill_step(prefilling)
-            shape, packed, counts = step.shape, self._step.place(step), np.diff(step.starts)
-        elif chosen := sorted((s for s in self._running if s.sampled < s.most), key=lambda s: s.group):
-            shape, packed = self._decode_step(chosen)
-            counts = [1] * len(chosen)
+    def _dispatch(self, plan: Plan) -> tuple[list[TokenEvent], bool]:
+        """Dispatch a step; returns tokens that had to be read before it was sampled, and whether there was one."""
+        following, tasks = self._following, [part.task for part in plan.decode]
+        self._following = None
+        if (
+            following
+            and not plan.chunks
+            and following.tasks == tasks
+            and following.changes == self._scheduler.changes
+            and all(part.start < following.shape.pages * self.options.page_size for part in plan.decode)
+        ):
+            # Sending a step to several GPUs takes longer than a small one runs.
+            parts, shape, packed = plan.decode, following.shape, following.packed
         else:
-            return False
-        sampling = []
-        for row, sequence in enumerate(chosen):
-            sequence.computed += int(counts[row])
-            if sequence.computed >= len(sequence.prompt):
-                sequence.sampled += 1
-                sampling.append((row, sequence))
-        (logits, rows, following), self._pages = self._step.forward(self._pages, self._last_tokens, packed, shape)
-        if not prefilling:
-            self._following = chosen, shape, following
+            parts, step = self._build(plan)
+            if not parts:
+                return [], False
+            shape, packed = step.shape, self._step.place(step)
+        out = self._forward(shape, packed, None if plan.chunks else tasks)
+        events, sampling = [], [(row, part.task) for row, part in enumerate(parts) if part.samples]
         if sampling:
-            out, self._sampler, self._last_tokens = self._step.sample(
-                logits, self._sampler, self._last_tokens, rows, features=self._features, valid_vocab=self.valid_vocab
-            )
-            out = jax.tree.map(lambda array: array.addressable_data(0), out)
-            jax.tree.map(lambda array: array.copy_to_host_async(), out)
-            self._in_flight.append(_InFlight(sampling, out))
-        return True
+            mask = None
+            if any(sequence.grammar for _, sequence in sampling):
+                # What a grammar allows depends on the last token; meanwhile the devices compute.
+                while self._in_flight:
+                    events += self._collect()
+                mask = self._mask(sampling, shape.rows)
+            stages = functools.reduce(operator.or_, (sequence.stages for _, sequence in sampling))
+            sampled = self._sampler.sample(out.logits, out.rows, stages, mask)
+            experts = None
+            if shape.routing:
+                experts = out.experts.addressable_data(0)
+                experts.copy_to_host_async()
+            self._in_flight.append(_InFlight(sampling, sampled, experts))
+        return events, True
 
-    def _decode_step(self, chosen: list[_Sequence]) -> tuple[StepShape, jax.Array]:
-        """Return the next decode step, on the devices: from the last one if the sequences are the same.
+    def _mask(self, sampling: list[tuple[int, _Sequence]], rows: int) -> np.ndarray | None:
+        """Ask the grammars what they allow in each row; None if everything. One that cannot go on allows all."""
+        mask = None
+        for row, sequence in sampling:
+            if sequence.grammar is None or sequence.finished or sequence.grammar.free:
+                continue
+            mask = self._sampler.empty_mask(rows) if mask is None else mask
+            try:
+                sequence.grammar.mask(mask[row])
+            except UserError as error:
+                sequence.problem = str(error)
+                mask[row] = -1
+        return mask
 
-        Sending a step to several GPUs takes longer than a small one runs, and most follow one of the same sequences.
-        """
-        if self._following is not None:
-            sequences, shape, packed = self._following
-            width = shape.pages * self.options.page_size
-            if chosen == sequences and all(s.computed < width for s in chosen):
-                return shape, packed
-        rows = bucket(len(chosen), self.options.max_sequences)
-        _, step = self._build(
-            [(s, Run((-1 - s.slot,), s.computed, s.pages, s.slot, s.sampled)) for s in chosen], rows, rows
+    def _forward(self, shape: StepShape, packed: jax.Array, decoding: list[Task] | None = None) -> StepOutput:
+        """Run a step, and keep what follows if it is one of decoding tasks alone."""
+        out, self._pages = self._step.forward(self._pages, self._sampler.last_tokens, packed, shape)
+        if decoding is not None:
+            self._following = _Following(decoding, self._scheduler.changes, shape, out.following)
+        return out
+
+    def _build(self, plan: Plan) -> tuple[list[Part], Step | None]:
+        """Lay out a step; returns its parts in the order of its rows, and the step unless it is empty."""
+        # A sequence may have turned out to have stopped since the plan.
+        live = [[part for part in parts if not part.task.finished] for parts in (plan.decode, plan.chunks)]
+        decode, chunks = ([[p for p in parts if p.task.group == g] for g in range(self._groups)] for parts in live)
+        groups = [first + rest for first, rest in zip(decode, chunks, strict=True)]
+        parts = [part for group in groups for part in group]
+        if not parts:
+            return [], None
+        shape = self._shapes.choose(
+            [len(group) for group in decode],
+            [[part.count for part in group] for group in chunks],
+            max(part.start + part.count for part in parts),
         )
-        return step.shape, self._step.place(step)
+        if any(part.samples and part.task.include_routing for part in parts):
+            shape = dataclasses.replace(shape, routing=True)
+        return parts, self._make_step([[_run(part) for part in group] for group in groups], shape)
 
-    def _prefill_step(self, sequences: list[_Sequence]) -> tuple[list[_Sequence], Step]:
-        """Choose prompt chunks for a step; returns the sequences that take part, and the step with a row for each."""
-        groups = {s.group for s in sequences}
-        budget = max(1, self.options.prefill_chunk // len(groups))
-        runs = []
-        for group in groups:
-            waiting = [s for s in sequences if s.group == group]
-            chunks = take_chunks([len(s.prompt) - s.computed for s in waiting], budget, _PREFILL_ROWS)
-            for sequence, chunk in zip(waiting, chunks, strict=False):
-                end = sequence.computed + chunk
-                slot = sequence.slot if end == len(sequence.prompt) else NO_SLOT
-                run = Run(sequence.prompt[sequence.computed : end], sequence.computed, sequence.pages, slot)
-                runs.append((sequence, run))
-        tokens = bucket(sum(len(run.tokens) for _, run in runs), self.options.prefill_chunk, least=16)
-        return self._build(runs, tokens, 1 if len(runs) == 1 else self._groups * _PREFILL_ROWS)
-
-    def _build(self, runs: list[tuple[_Sequence, Run]], tokens: int, rows: int) -> tuple[list[_Sequence], Step]:
-        """Sort runs by data group; returns their sequences in the order of the step's rows, and the step."""
-        runs = sorted(runs, key=lambda item: item[0].group)
-        step = build_step(
-            [[run for s, run in runs if s.group == group] for group in range(self._groups)],
-            tokens=tokens,
-            rows=rows,
-            page_size=self.options.page_size,
-            max_pages=self._max_pages,
-            scratch_page=self._group_pages - 1,
-        )
-        return [sequence for sequence, _ in runs], step
+    def _make_step(self, runs: Sequence[Sequence[Run]], shape: StepShape) -> Step:
+        return build_step(runs, shape, page_size=self.options.page_size, scratch_page=self._group_pages - 1)
 
     def _collect(self) -> list[TokenEvent]:
         """Wait for the oldest step in flight and hand out its tokens."""
         step = self._in_flight.popleft()
-        out = jax.tree.map(np.asarray, step.out)
+        out, experts = jax.tree.map(np.asarray, (step.out, step.experts))
         events = []
         for row, sequence in step.sequences:
             if sequence.finished:
                 continue
             token = int(out.tokens[row])
-            sequence.output.append(token)
-            reason: FinishReason | None = None
-            if token in sequence.stop_ids:
-                reason = "stop"
-            elif len(sequence.output) == sequence.most:
-                reason = "length"
+            self._scheduler.read(sequence, token)
+            reason = self._finish_reason(sequence, token)
             params = sequence.params
             logprob = float(out.logprob[row]) if params.logprobs else None
             top = ()
@@ -480,12 +477,30 @@ class Engine:
                 top = tuple(pairs)[: params.top_logprobs]
             if reason:
                 self._finish(sequence)
-            events.append(TokenEvent(sequence.request, token, logprob, top, reason))
+            chosen = experts[:, row] if sequence.include_routing else None
+            event = TokenEvent(sequence.request, token, logprob, top, reason, sequence.cached, chosen, sequence.problem)
+            events.append(event)
         return events
 
+    def _finish_reason(self, sequence: _Sequence, token: int) -> FinishReason | None:
+        """Say whether a token that was just read ends its sequence, and move its grammar on."""
+        ended, grammar = token in sequence.stop_ids, sequence.grammar
+        if grammar and not sequence.problem:
+            if not grammar.accept(token):
+                sequence.problem = "the grammar does not take a token that it allowed"
+            ended = ended or grammar.finished
+        if sequence.problem:
+            return "error"
+        if ended:
+            return "stop"
+        return "length" if len(sequence.output) == sequence.most else None
+
     def _finish(self, sequence: _Sequence) -> None:
-        """Free what a sequence holds. Steps in flight that still write there come before any that reuse it."""
-        sequence.finished = True
-        self._running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        self._pools.release(sequence.group, sequence.pages)
+        self._scheduler.drop(sequence)
+        del self._sequences[sequence.request]
+
+
+def _run(part: Part) -> Run:
+    task = part.task
+    tokens = (-1 - task.slot,) if part.decodes else task.tokens(part.start, part.start + part.count)
+    return Run(tokens, part.start, task.pages, task.slot if part.samples else NO_SLOT, part.index)

@@ -3,7 +3,7 @@
 The sampler is a pure function of logits [B, V] and a SamplerState with one row per batch slot. Stages, in order, all in
 float32:
 
-    logit bias -> repetition, frequency and presence penalties -> ids beyond the tokenizer removed
+    logit bias -> repetition, frequency and presence penalties -> ids beyond the tokenizer or a grammar removed
     -> temperature -> top-k -> top-p -> min-p -> Gumbel-max
 
 A row with temperature 0 takes the argmax after the first three. Which stages a program holds is static (`Features`), so
@@ -217,6 +217,10 @@ class Features:
             top_logprobs=min(_power_of_two(max((p.top_logprobs for p in params), default=0)), MAX_TOP_LOGPROBS),
         )
 
+    def union(self, other: Features) -> Features:
+        """Return what covers both."""
+        return Features(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+
     def covers(self, needed: Features) -> bool:
         """Tell whether a state and a program built with these features also serve `needed`."""
         return all(getattr(self, f.name) >= getattr(needed, f.name) for f in dataclasses.fields(self))
@@ -335,7 +339,13 @@ def record_tokens(state: SamplerState, tokens: jax.Array, active: jax.Array) -> 
 
 
 def sample(
-    logits: jax.Array, state: SamplerState, steps: jax.Array, *, features: Features, valid_vocab: int
+    logits: jax.Array,
+    state: SamplerState,
+    steps: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    features: Features,
+    valid_vocab: int,
 ) -> SampleOutput:
     """Choose the next token of every row; call it under `jax.jit`.
 
@@ -360,6 +370,9 @@ def sample(
     if features.penalties:
         scores = _penalise(scores, state)
     scores = jnp.where(valid, scores, -jnp.inf)
+    if mask is not None:
+        allowed = (mask[:, :, None] >> jnp.arange(32)) & 1  # [B, words, 32]
+        scores = jnp.where(allowed.reshape(len(mask), -1)[:, : scores.shape[1]] == 1, scores, -jnp.inf)
     if features.random:
         scores = _randomise(scores, state, steps, features)
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)  # the lowest id on ties

@@ -7,6 +7,7 @@ dispatched without waiting: the sampled token stays on the device, where the nex
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,23 @@ from ernie_jax.ops import (
 from ernie_jax.sharding import Layout
 
 _BATCH_AXES = ("group", None)
+
+
+class StepOutput(NamedTuple):
+    """What a step leaves on the devices.
+
+    Attributes:
+      logits: [B, V] of each row's last token, split by vocabulary.
+      rows: [2, B] for `sample`.
+      following: the decode step that follows for the same sequences.
+      experts: [L, B, k] uint8 or int16, chosen for each row's last token in each layer with experts; an empty tuple
+        unless the step's shape asks for them.
+    """
+
+    logits: jax.Array
+    rows: jax.Array
+    following: jax.Array
+    experts: jax.Array | tuple[()]
 
 
 class DeviceStep:
@@ -75,7 +93,7 @@ class DeviceStep:
         self.traces = 0  # how often a step was compiled: tests hold it to the number of shapes
 
         def run(leaves, pages, last_tokens, packed, shape):
-            """Return the model, the hidden states [T, D] of all tokens, and the pages."""
+            """Return the model, the hidden states [T, D] of all tokens, the experts of each layer, and the pages."""
             self.traces += 1
             batch = packed.batch(shape)
             window = GroupRows(total=packed.total[0], count=packed.total[0])
@@ -93,21 +111,24 @@ class DeviceStep:
                 shard=shard,
                 rows=window,
             )
-            return model, whole(out.hidden, window, shape.tokens), out.caches
+            experts = [whole(routed.experts, window, shape.tokens) for routed in out.routing] if shape.routing else []
+            return model, whole(out.hidden, window, shape.tokens), experts, out.caches
 
         def forward(leaves, pages, last_tokens, packed, *, shape):
             packed = unpack(packed[0], shape)  # this shard's data group
-            model, hidden, pages = run(leaves, pages, last_tokens, packed, shape)
-            outputs = (
+            model, hidden, experts, pages = run(leaves, pages, last_tokens, packed, shape)
+            small = jnp.uint8 if config.moe_num_experts <= 256 else jnp.int16
+            output = StepOutput(
                 model.logits(hidden[packed.last], self.backends),
                 jnp.stack([packed.slots, packed.indices]),
                 jnp.concatenate(packed.advance())[None],
+                jnp.stack([layer[packed.last] for layer in experts]).astype(small) if experts else (),
             )
-            return outputs, pages
+            return output, pages
 
         def score(leaves, pages, packed, targets, *, shape):
             packed = unpack(packed[0], shape)
-            model, hidden, pages = run(leaves, pages, jnp.zeros((1,), jnp.int32), packed, shape)
+            model, hidden, _, pages = run(leaves, pages, jnp.zeros((1,), jnp.int32), packed, shape)
             logits = model.logits(hidden, self.backends).astype(jnp.float32)  # of this shard's slice of the vocabulary
             largest = shard.max(logits.max(-1), "vocab")
             total = shard.sum(jnp.exp(logits - largest[:, None]).sum(-1), "vocab")
@@ -134,7 +155,7 @@ class DeviceStep:
                 return model.logits(whole(out.hidden, window, length), self.backends)
 
         def whole(hidden, window, tokens):
-            """Return the hidden states of all tokens, also where each group keeps its own."""
+            """Return rows of all tokens, also where each group keeps its own."""
             if shard.exchanges:
                 hidden = shard.sum(window.spread(hidden, tokens), "group")
             return hidden
@@ -156,7 +177,8 @@ class DeviceStep:
             return call
 
         group = layout.spec(_BATCH_AXES)
-        self._forward = sharded(forward, (everywhere, group), (layout.spec((None, "vocab")), everywhere, group))
+        output = StepOutput(layout.spec((None, "vocab")), everywhere, group, everywhere)
+        self._forward = sharded(forward, (everywhere, group), output)
         self._score = sharded(score, (group, everywhere), everywhere)
         here = layout.sharding()
         self._logits = jax.jit(
@@ -181,12 +203,13 @@ class DeviceStep:
         """Bring a step to the devices."""
         return self._layout.put(pack(step), _BATCH_AXES)
 
-    def forward(self, pages: list, last_tokens: jax.Array, packed: jax.Array, shape: StepShape):
+    def forward(
+        self, pages: list, last_tokens: jax.Array, packed: jax.Array, shape: StepShape
+    ) -> tuple[StepOutput, list]:
         """Run a step that was placed, or that follows another.
 
         Returns:
-          ((logits [B, V] of each row's last token, split by vocabulary; rows [2, B] for `sample`; the decode step that
-          follows for the same sequences), the pages), of which the pages given are donated.
+          A StepOutput and the pages; those given are donated.
         """
         return self._forward(self._leaves, pages, last_tokens, packed, shape=shape)
 
@@ -204,6 +227,7 @@ class DeviceStep:
         state: SamplerState,
         last_tokens: jax.Array,
         rows: jax.Array,
+        mask: jax.Array | None = None,
         *,
         features: Features,
         valid_vocab: int,
@@ -217,8 +241,9 @@ class DeviceStep:
           state: one row a slot; donated.
           last_tokens: [slots] int32; donated.
           rows: [2, B] int32, the slot of each row and the index of the token it is to generate.
+          mask: [B, ceil(V / 32)] int32, the tokens allowed in each row, as bits; default: all.
         """
-        return self._sample(logits, state, last_tokens, rows, features=features, valid_vocab=valid_vocab)
+        return self._sample(logits, state, last_tokens, rows, mask, features=features, valid_vocab=valid_vocab)
 
     def lower(self, shape: StepShape, pages: list[jax.ShapeDtypeStruct], slots: int) -> jax.stages.Lowered:
         """Lower the forward step for compilation ahead of time."""
@@ -233,12 +258,13 @@ class DeviceStep:
         return self._sample.lower(logits, state, last_tokens, rows, features=features, valid_vocab=valid_vocab)
 
 
-def _sample_rows(layout, logits, state, last_tokens, rows, *, features, valid_vocab):
+def _sample_rows(layout, logits, state, last_tokens, rows, mask=None, *, features, valid_vocab):
     slots, steps = rows
-    if features != Features():  # a search through the whole vocabulary: gather the logits once, not at every stage
+    if features != Features() or mask is not None:
+        # A search through the whole vocabulary: gather the logits once, not at every stage.
         logits = jax.lax.with_sharding_constraint(logits, layout.sharding())
     of_rows = jax.tree.map(lambda field: jnp.take(field, slots, axis=0, mode="clip"), state)
-    out = sample(logits, of_rows, steps, features=features, valid_vocab=valid_vocab)
+    out = sample(logits, of_rows, steps, mask, features=features, valid_vocab=valid_vocab)
     if features.penalties:
         counted = record_tokens(of_rows, out.tokens, jnp.ones(slots.shape, bool))
         state = write_rows(state, slots, counted)

@@ -21,7 +21,7 @@ _MASKED = -1e30  # finite, so that a fully masked row gives a finite (and unused
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "rows", "starts", "kv_lengths", "page_table"],
-    meta_fields=["max_query"],
+    meta_fields=["max_query", "decode"],
 )
 @dataclasses.dataclass(frozen=True)
 class RaggedBatch:
@@ -38,6 +38,7 @@ class RaggedBatch:
       page_table: [B, M] int32 pages of each sequence in order; the last page, P - 1, where there is none: it belongs to
         no sequence, and padding tokens write there.
       max_query: static; no sequence brings more new tokens than this.
+      decode: static; the first so many tokens are of the first so many sequences, one each, or padding. 0: not known.
     """
 
     positions: jax.Array
@@ -46,6 +47,29 @@ class RaggedBatch:
     kv_lengths: jax.Array
     page_table: jax.Array
     max_query: int
+    decode: int = 0
+
+    def split(self) -> tuple[RaggedBatch, RaggedBatch]:
+        """Return the leading part with one token a sequence, and the rest."""
+        n = self.decode
+        return (
+            RaggedBatch(
+                self.positions[:n],
+                jnp.minimum(self.rows[:n], n),
+                self.starts[: n + 1],
+                self.kv_lengths[:n],
+                self.page_table[:n],
+                max_query=1,
+            ),
+            RaggedBatch(
+                self.positions[n:],
+                self.rows[n:] - n,
+                self.starts[n:] - n,
+                self.kv_lengths[n:],
+                self.page_table[n:],
+                max_query=self.max_query,
+            ),
+        )
 
 
 def paged_attention(
@@ -70,6 +94,11 @@ def paged_attention(
     Raises:
       UserError: if the backend does not take these shapes or dtypes.
     """
+    if batch.decode:
+        first, rest = batch.split()
+        out, pages = paged_attention(*(x[: batch.decode] for x in (q, k, v)), pages, first, backend)
+        more, pages = paged_attention(*(x[batch.decode :] for x in (q, k, v)), pages, rest, backend)
+        return jnp.concatenate([out, more]), pages
     if backend == "cuda" and batch.max_query == 1 and len(q) <= MOST_TOKENS:
         return decode_attention(jnp.concatenate([q, k[:, :, None], v[:, :, None]], axis=2), None, pages, batch)
     pages = _write(k, v, pages, batch)

@@ -13,7 +13,7 @@ from ernie_jax import ops
 from ernie_jax.bench import drive, measure, profile, routing
 from ernie_jax.bench.machine import Machine, measure_machine, process_age
 from ernie_jax.bench.ops import TracedOps
-from ernie_jax.engine import Engine
+from ernie_jax.engine import Engine, EngineOptions
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie, initialize
 from ernie_jax.planner.costs import decode_load, step_cost
@@ -29,7 +29,7 @@ def step_clock(monkeypatch):
     real = Engine.step
 
     def step(engine):
-        sizes.append(len(engine._running) + len(engine._waiting))
+        sizes.append(engine.stats().running + engine.stats().waiting)
         return real(engine)
 
     monkeypatch.setattr(Engine, "step", step)
@@ -140,8 +140,8 @@ def test_a_decode_step_is_a_difference_held_against_the_counted_bytes(engine, st
     assert not engine.has_work and engine.free_tokens == engine.cache_tokens
 
 
-def test_prefill_counts_every_prompt_token_once(engine, step_clock, rng):
-    engine.options = engine.options.__class__(prefill_chunk=16)
+def test_prefill_counts_every_prompt_token_once(tiny_model, step_clock, rng):
+    engine = Engine(tiny_model, single(), EngineOptions(prefill_chunk=16))
     row = measure.measure(engine, single(), measure.Prefill(2, 40), MACHINE, TracedOps(), rng, repeats=1)
     assert row.tokens_per_second == pytest.approx(80 / row.seconds)
     steps = 5  # 80 tokens in chunks of 16

@@ -157,7 +157,8 @@ def test_few_programs_are_compiled(tiny_model, rng):
     for prompt in prompts_of(rng, *range(17, 60)):
         engine.submit(prompt, SamplingParams(max_new_tokens=3, temperature=0.0))
     drain(engine)
-    assert engine._step.traces <= 5  # prefill alone or in rows of 8 with two paddings; decode with 1 or 4 rows
+    # Decode with 1 or 4 rows; prefill alone or in rows of 8 with two paddings, and beside decoding in four sizes.
+    assert engine._step.traces <= 9
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
-from ernie_jax.engine.batching import Run, build_step
-from ernie_jax.engine.cache import PagePools, make_pages
+from ernie_jax.engine.batching import Run, StepShape, build_step
+from ernie_jax.engine.cache import make_pages
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie, forward, initialize
@@ -104,14 +104,15 @@ def test_logits_of_whole_sequences(layout, routing, tiny_config, rng):
     np.testing.assert_allclose(engine.logits(prompt), expected, atol=TOLERANCE)
 
 
-def test_prefill_mixed_and_decode_steps(layout, routing, tiny_config, rng):
+@pytest.mark.parametrize("decode", [0, 4], ids=["mixed at will", "decoding part apart"])
+def test_prefill_mixed_and_decode_steps(layout, routing, decode, tiny_config, rng):
     """Three steps: all prompts but one, then decode beside the first chunk of that one, then beside the second."""
     prompts = decided_prompts(rng, tiny_config, routing, [37, 5, 18, 50, 23])
     chunks = [[35, 1, 1], [3, 1, 1], [16, 1, 1], [48, 1, 1], [0, 16, 7]]
     model = make_model(tiny_config, layout, routing)
     step = DeviceStep(model, layout)
-    pools = PagePools(layout.groups, 31)
-    places = [pools.allocate(-(-len(prompt) // PAGE)) for prompt in prompts]
+    order = iter(rng.permutation(31).tolist())
+    places = [(i % layout.groups, [next(order) for _ in range(4)]) for i in range(len(prompts))]
     pages = make_pages(tiny_config, jnp.float32, 32, PAGE, layout)
     done = [0] * len(prompts)
     for round in range(3):
@@ -121,12 +122,14 @@ def test_prefill_mixed_and_decode_steps(layout, routing, tiny_config, rng):
             [Run(prompts[i][done[i] : done[i] + chunks[i][round]], done[i], places[i][1]) for i in members]
             for members in by_group
         ]
-        total = sum(chunks[i][round] for i in taking)
-        batch = build_step(runs, tokens=total + 3, rows=8, page_size=PAGE, max_pages=64, scratch_page=31)
+        tokens = sum(chunks[i][round] for i in taking) + 3 + decode * layout.groups
+        query = max(chunks[i][round] for i in taking)
+        shape = StepShape(tokens, 8, tokens, 8, 4, query, decode)
+        batch = build_step(runs, shape, page_size=PAGE, scratch_page=31)
         last_tokens = layout.put(np.zeros(1, np.int32))
-        (logits, _, _), pages = step.forward(pages, last_tokens, step.place(batch), batch.shape)
-        order = [i for members in by_group for i in members]
-        for row, i in zip(np.asarray(logits), order, strict=False):
+        (logits, *_), pages = step.forward(pages, last_tokens, step.place(batch), shape)
+        rows = [i for members in by_group for i in members]
+        for row, i in zip(np.asarray(logits), rows, strict=False):
             done[i] += chunks[i][round]
             expected = reference(tiny_config, routing)(prompts[i])[0][done[i] - 1]
             np.testing.assert_allclose(row, expected, atol=TOLERANCE, err_msg=f"prompt {i} at {done[i] - 1}")

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ernie_jax.config import ModelConfig
-from ernie_jax.engine.batching import Run, build_step
+from ernie_jax.engine.batching import Run, StepShape, bucket, build_step
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.model import Ernie, initialize
 from ernie_jax.sharding import Layout, single
@@ -60,14 +60,9 @@ def compare(config: ModelConfig, case: Case, rng: np.random.Generator, pair=None
     ]
     tokens, rows = sum(new for _, new in case.runs), len(case.runs)
     padded = tokens if tokens < 3 else -(-tokens // 8) * 8
-    step = build_step(
-        [runs],
-        tokens=padded,
-        rows=rows,
-        page_size=PAGE,
-        max_pages=max(widths),
-        scratch_page=count - 1,
-    )
+    query = padded if rows == 1 else bucket(max(new for _, new in case.runs), padded, factor=8)
+    shape = StepShape(padded, rows, padded, rows, max(widths), query)
+    step = build_step([runs], shape, page_size=PAGE, scratch_page=count - 1)
     shape = (count, PAGE, 2 * config.num_key_value_heads, config.head_dim)
     keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), config.num_hidden_layers)
 
@@ -75,7 +70,7 @@ def compare(config: ModelConfig, case: Case, rng: np.random.Generator, pair=None
         device = DeviceStep(model, layout, **backends)
         pages = [jax.random.normal(key, shape, jnp.bfloat16).astype(dtype) for key in keys]
         last = layout.put(np.zeros(rows, np.int32))
-        (logits, _, _), pages = device.forward(pages, last, device.place(step), step.shape)
+        (logits, *_), pages = device.forward(pages, last, device.place(step), step.shape)
         return np.asarray(logits, np.float64), np.stack([np.asarray(layer[order], np.float64) for layer in pages])
 
     before = np.stack([np.asarray(jax.random.normal(key, shape, jnp.bfloat16)[order], np.float64) for key in keys])

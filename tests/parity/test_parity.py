@@ -165,9 +165,9 @@ class RecordingStep:
     def forward(self, pages, last_tokens, packed, shape):
         outputs, pages = self._step.forward(pages, last_tokens, packed, shape)
         batch = unpack(np.asarray(packed)[0], shape).batch(shape)
-        rows = np.flatnonzero(np.diff(batch.starts))
-        for row, values in zip(rows, np.asarray(outputs[0])[rows], strict=True):
-            place = int(batch.page_table[row, 0]), int(batch.positions[batch.starts[row + 1] - 1])
+        rows = np.flatnonzero(batch.kv_lengths)
+        for row, values in zip(rows, np.asarray(outputs.logits), strict=False):
+            place = int(batch.page_table[row, 0]), int(batch.kv_lengths[row] - 1)
             self._logits[place] = values
         return outputs, pages
 
@@ -179,7 +179,8 @@ class RecordingStep:
 
 def generate(model, mesh, case) -> tuple[list[list[int]], RecordingStep]:
     """Continue all prompts of a case at once, greedily, through prefill chunks and the paged cache."""
-    engine = Engine(model, mesh, EngineOptions(cache_tokens=512, max_sequences=4, prefill_chunk=16, page_size=16))
+    options = EngineOptions(cache_tokens=512, max_sequences=4, prefill_chunk=16, page_size=16, prefix_caching=False)
+    engine = Engine(model, mesh, options)
     engine._step = step = RecordingStep(engine._step)
     params = SamplingParams(temperature=0, max_new_tokens=len(case.detailed.continuation), ignore_eos=True)
     requests = [engine.submit(sequence.prompt, params) for sequence in case.sequences]

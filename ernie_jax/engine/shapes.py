@@ -1,0 +1,118 @@
+"""The few static shapes of a step: each is a program to compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from ernie_jax.engine.batching import StepShape, bucket, table_width
+from ernie_jax.engine.scheduler import PREFILL_ROWS
+
+_LEAST_PREFILL = 16
+_LEAST_MIXED = 16  # decoding sequences that a mixed step has room for
+_FEW = 8  # by what a mixed step is smaller if its chunks are
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Choose a step's shape by what it holds.
+
+    Sizes are rounded up by factors of 4, in mixed steps by more: beside a chunk, unused rows cost little.
+
+    Attributes:
+      groups: number of data groups.
+      max_pages: of the longest sequence.
+      splits: the decoding part of a mixed step has a fixed size, as attention backends need that compute it apart.
+    """
+
+    groups: int
+    max_sequences: int
+    prefill_chunk: int
+    mixed_chunk: int
+    page_size: int
+    max_pages: int
+    splits: bool
+
+    def choose(self, decode: Sequence[int], chunks: Sequence[Sequence[int]], longest: int) -> StepShape:
+        """Return the shape for so many decoding sequences and chunks of such lengths in each data group.
+
+        Args:
+          longest: tokens of the longest sequence, those of this step included.
+        """
+        pages = table_width(-(-longest // self.page_size), self.max_pages, self.page_size)
+        most, total = max(decode), sum(decode)
+        lengths = [length for group in chunks for length in group]
+        if not lengths:
+            rows = bucket(total, self.max_sequences)
+            return self._decode(rows, self._share(rows, most), pages)
+        tokens, runs = max(map(sum, chunks)), max(map(len, chunks))
+        if not total:
+            size = bucket(sum(lengths), self.prefill_chunk, least=_LEAST_PREFILL)
+            group_tokens = self._share(size, tokens)
+            return self._prefill(size, group_tokens, len(lengths) > 1, self._query(max(lengths), group_tokens), pages)
+        lead = self._lead(most)
+        few = self._few(self.mixed_chunk)
+        size = few if sum(lengths) <= few else self.mixed_chunk
+        return self._mixed(lead, size, self._share(size, tokens), runs > 1, max(lengths), pages)
+
+    def all(self, context: int) -> list[StepShape]:
+        """Return the shapes of steps of sequences of up to `context` tokens."""
+        found = dict.fromkeys(self._all(context))
+        return list(found)
+
+    def _all(self, context: int) -> Iterator[StepShape]:
+        most = -(-context // self.page_size)
+        widths = dict.fromkeys(table_width(n + 1, self.max_pages, self.page_size) for n in range(most))
+        for pages in widths:
+            for rows in self._sizes(self.max_sequences, 1):
+                for share in self._shares(rows):
+                    yield self._decode(rows, share, pages)
+            for size in self._sizes(self.prefill_chunk, _LEAST_PREFILL):
+                for share in self._shares(size):
+                    yield self._prefill(size, share, False, share, pages)
+                    for query in self._sizes(share, 1, factor=8):
+                        if query * PREFILL_ROWS > share // 4:  # else the chunks were fewer tokens than the step's
+                            yield self._prefill(size, share, True, query, pages)
+            leads = dict.fromkeys(map(self._lead, range(1, self.max_sequences + 1)))
+            for lead, size in itertools.product(leads, (self._few(self.mixed_chunk), self.mixed_chunk)):
+                for share in self._shares(size):
+                    for several, longest in ((False, size), (True, size), (True, 1)):
+                        yield self._mixed(lead, size, share, several, longest, pages)
+
+    def _decode(self, rows: int, group_rows: int, pages: int) -> StepShape:
+        return StepShape(rows, rows, group_rows, group_rows, pages, query=1)
+
+    def _prefill(self, tokens: int, group_tokens: int, several: bool, query: int, pages: int) -> StepShape:
+        group_rows = PREFILL_ROWS if several else 1
+        rows = self.groups * PREFILL_ROWS if several else 1
+        return StepShape(tokens, rows, group_tokens, group_rows, pages, query if several else group_tokens)
+
+    def _mixed(self, lead: int, tokens: int, group_tokens: int, several: bool, longest: int, pages: int) -> StepShape:
+        rows = lead + (PREFILL_ROWS if several else 1)
+        few = self._few(group_tokens)
+        query = few if several and longest <= few else group_tokens
+        decode = lead if self.splits else 0
+        return StepShape(
+            self.groups * lead + tokens, self.groups * rows, lead + group_tokens, rows, pages, query, decode
+        )
+
+    def _lead(self, rows: int) -> int:
+        return bucket(rows, self.max_sequences, factor=16, least=_LEAST_MIXED)
+
+    def _few(self, tokens: int) -> int:
+        return max(1, tokens // _FEW)
+
+    def _query(self, longest: int, tokens: int) -> int:
+        return bucket(longest, tokens, factor=8)
+
+    def _share(self, total: int, most: int) -> int:
+        """Return how much of a static size a group gets: an even share if that is enough for all, else the whole."""
+        even = self._shares(total)[0]
+        return even if most <= even else total
+
+    def _shares(self, total: int) -> list[int]:
+        return list(dict.fromkeys((-(-total // self.groups), total)))
+
+    def _sizes(self, most: int, least: int, factor: int = 4) -> list[int]:
+        return list(dict.fromkeys(bucket(n, most, factor, least) for n in range(1, most + 1)))
