@@ -12,6 +12,7 @@ from ernie_jax import kernels
 from ernie_jax.config import ModelConfig
 from ernie_jax.engine.aot import decode_shape, lower_step, prefill_shape
 from ernie_jax.engine.cache import PAGE_SIZE, bytes_per_token
+from ernie_jax.engine.shapes import Shapes
 from ernie_jax.errors import UserError
 from ernie_jax.planner.hlo import collectives
 from ernie_jax.sharding import make_layout
@@ -42,6 +43,7 @@ STEPS = [
     ("single", 1, "decode", 64),
     ("single", 1, "decode", 256),
     ("single", 1, "prefill", 2048),
+    ("single", 1, "mixed", 2048),
     ("expert", 2, "decode", 64),
     ("tensor", 2, "decode", 64),
     ("expert", 2, "prefill", 2048),
@@ -64,7 +66,11 @@ def compile_step(sharding, gpus, kind, tokens):
     config = dataclasses.replace(config, num_hidden_layers=LAYERS, num_nextn_predict_layers=0)
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{gpus}", target_config=H100)
     layout = make_layout(config, topology.devices, preset=sharding)
-    shape = (prefill_shape if kind == "prefill" else decode_shape)(config, layout, tokens, 8192)
+    if kind == "mixed":  # with 64 sequences that decode
+        shapes = Shapes(1, 64, 8192, tokens, PAGE_SIZE, config.max_position_embeddings // PAGE_SIZE, splits=True)
+        shape = shapes.choose([64], [[tokens]], 8192)
+    else:
+        shape = (prefill_shape if kind == "prefill" else decode_shape)(config, layout, tokens, 8192)
     compiled = lower_step(config, layout, jnp.bfloat16, shape, PAGES).compile()
     return config, layout, shape, compiled
 
