@@ -20,7 +20,7 @@ constexpr int kFew = 3 * kChunk;  // pairs that every block counts for itself
 
 struct Pairs {
   const int* chosen;  // [T, k]
-  const int* first;   // [1]
+  const int* here;    // [2] the first expert that is here, and how many tokens there are: those behind go nowhere
   int tokens, k, experts, shared;
 
   __device__ __forceinline__ int count() const { return tokens * (k + shared); }
@@ -29,8 +29,9 @@ struct Pairs {
   // The expert of a pair, or -1 if it is none of those here.
   __device__ __forceinline__ int expert(int pair) const {
     const int slot = pair % (k + shared);
+    if (token(pair) >= here[1]) return -1;
     if (slot >= k) return experts + slot - k;
-    const int e = chosen[token(pair) * k + slot] - *first;
+    const int e = chosen[token(pair) * k + slot] - here[0];
     return e >= 0 && e < experts ? e : -1;
   }
 };
@@ -185,11 +186,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < 4; ++i) to[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
 }
 
-ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen, ffi::AnyBuffer first,
+ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen, ffi::AnyBuffer here,
                 ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> blocks, ffi::Result<ffi::AnyBuffer> live,
                 ffi::Result<ffi::AnyBuffer> place, ffi::Result<ffi::AnyBuffer> counts, int64_t experts, int64_t shared,
                 int64_t most) {
-  const Pairs pairs{static_cast<const int*>(chosen.untyped_data()), static_cast<const int*>(first.untyped_data()),
+  const Pairs pairs{static_cast<const int*>(chosen.untyped_data()), static_cast<const int*>(here.untyped_data()),
                     (int)chosen.dimensions()[0], (int)chosen.dimensions()[1], (int)experts, (int)shared};
   const int width = x.dimensions()[1], count = pairs.tokens * (pairs.k + pairs.shared);
   auto* counted = static_cast<int*>(counts->untyped_data());
@@ -203,9 +204,9 @@ ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen, ff
 }
 
 ffi::Error combine(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer place, ffi::AnyBuffer chosen,
-                   ffi::AnyBuffer first, ffi::AnyBuffer weights, ffi::Result<ffi::AnyBuffer> out, int64_t experts,
+                   ffi::AnyBuffer here, ffi::AnyBuffer weights, ffi::Result<ffi::AnyBuffer> out, int64_t experts,
                    int64_t shared) {
-  const Pairs pairs{static_cast<const int*>(chosen.untyped_data()), static_cast<const int*>(first.untyped_data()),
+  const Pairs pairs{static_cast<const int*>(chosen.untyped_data()), static_cast<const int*>(here.untyped_data()),
                     (int)chosen.dimensions()[0], (int)chosen.dimensions()[1], (int)experts, (int)shared};
   const int width = out->dimensions()[1];
   const dim3 grid((width / 8 + kThreads - 1) / kThreads, pairs.tokens);

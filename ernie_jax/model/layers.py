@@ -266,11 +266,13 @@ class Experts(nnx.Module):
         shard: Shard,
         backends: Backends,
         shared: MLP | None = None,
+        live: jax.Array | None = None,
     ) -> jax.Array:
         """Return the weighted sum [T, D] over this shard's part of each token's experts; all of it if they exchange.
 
         Args:
           shared: whose output is added.
+          live: how many of the tokens are no padding.
         """
         gate_up, down = self.gate_up.weight[...], self.down.weight[...]
         local, k = gate_up.shape[0], experts.shape[-1]
@@ -280,8 +282,8 @@ class Experts(nnx.Module):
             shape = (tokens, k, backends.platform, local, self.count)
             return backends.experts or default_expert_backend(*shape, *down.shape[1:], down.dtype)
 
-        def compute(x, experts, weights, along=None):
-            return grouped_mlp(x, experts, weights, gate_up, down, choose(len(x)), first, along)
+        def compute(x, experts, weights, along=None, live=None):
+            return grouped_mlp(x, experts, weights, gate_up, down, choose(len(x)), first, along, live)
 
         def add_shared(y):
             if shared is None:
@@ -290,6 +292,8 @@ class Experts(nnx.Module):
                 return y + shared(x, shard, backends)
 
         if shard.exchanges and local < self.count:
+            if live is not None:
+                experts = jnp.where(jnp.arange(len(x))[:, None] < live, experts, -1)
             y = exchange_mlp(
                 x,
                 experts,
@@ -303,8 +307,8 @@ class Experts(nnx.Module):
         if shared is not None and not shared.biased:
             along = shared.gate_up.weight[...], shared.down.weight[...]
             if takes_shared(choose(len(x)), len(x), down.shape[-1], along[1].shape[-1]):
-                return compute(x, experts, weights, along)
-        return add_shared(compute(x, experts, weights))
+                return compute(x, experts, weights, along, live)
+        return add_shared(compute(x, experts, weights, live=live))
 
 
 class MoE(nnx.Module):
@@ -332,11 +336,9 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             routing = self.router(tokens, backends)
         with jax.named_scope("experts"):
-            experts = routing.experts
-            if live is not None and len(tokens) > 1:  # a single token is no padding
-                experts = jnp.where(jnp.arange(len(tokens))[:, None] < live, experts, self.experts.count)
+            live = live if len(tokens) > 1 else None  # a single token is no padding
             shared = getattr(self, "shared", None)
-            y = self.experts(tokens, experts, routing.weights, shard, backends, shared)
+            y = self.experts(tokens, routing.experts, routing.weights, shard, backends, shared, live)
         return y.reshape(x.shape), routing
 
     def half(

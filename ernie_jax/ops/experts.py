@@ -21,6 +21,7 @@ def grouped_mlp(
     backend: str,
     first_expert: jax.Array | int = 0,
     shared: tuple[jax.Array, jax.Array] | None = None,
+    live: jax.Array | None = None,
 ) -> jax.Array:
     """Sum over a token's chosen experts e of weights[t, e] * down_e(silu(gate_e x) * up_e x).
 
@@ -33,11 +34,17 @@ def grouped_mlp(
       first_expert: may be traced.
       shared: (gate_up [2, F', D], down [D, F']) of an MLP that all tokens go through, unscaled; only where
         `takes_shared`.
+      live: how many of the tokens are no padding, int32; padding goes to no expert, and what it comes back with is
+        undefined but finite. None: all.
 
     Returns:
       [T, D].
     """
     more = () if shared is None else (shared,)
+    if backend == "mosaic":
+        return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, shared, live)
+    if live is not None:
+        chosen = jnp.where(jnp.arange(len(x))[:, None] < live, chosen, -1)
     return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, *more)
 
 

@@ -48,7 +48,7 @@ def mosaic_problem(width: int, inner: int, dtype: jnp.dtype) -> str | None:
     return None
 
 
-def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, tiles=None):
+def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live=None, tiles=None):
     """Sort pairs by expert into rows and multiply them by the experts' weights where those lie. Has no gradient.
 
     Work follows the pairs that have a local expert. Each expert's result is rounded to the dtype of `x` before the
@@ -56,6 +56,7 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, tile
 
     Args:
       shared: (gate_up [2, n F, D], down [D, n F]) of an MLP that all tokens go through, added unscaled: n experts more.
+      live: how many tokens are no padding; None: all.
       tiles: an entry of TILES; None chooses.
 
     Raises:
@@ -75,9 +76,9 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, tile
     rows = pairs + min(pairs, experts + more) * (ALIGNMENT - 1)
     rows = -(-rows // ALIGNMENT) * ALIGNMENT + block  # the last block reads so far
     counts = -(-pairs // 1024) * (experts + more)  # by chunks, as in pairs.cu
-    first = jnp.asarray(first_expert, jnp.int32).reshape(1)
+    here = jnp.stack([jnp.asarray(first_expert, jnp.int32), jnp.asarray(tokens if live is None else live, jnp.int32)])
     sizes = {"experts": experts, "shared": more}
-    gathered, which, live, place, _ = kernels.call(
+    gathered, which, count, place, _ = kernels.call(
         "ernie_sort_pairs",
         [
             jax.ShapeDtypeStruct((rows, width), x.dtype),
@@ -88,12 +89,12 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, tile
         ],
         x,
         chosen,
-        first,
+        here,
         **sizes,
         most=block,
     )
     up_shared, down_shared = (None, None) if shared is None else (shared[0], shared[1][None])
-    hidden = grouped_product(gathered, gate_up, which, live, Tiling(*tiles[0]), up_shared)
-    out = grouped_product(hidden, down[:, None], which, live, Tiling(*tiles[1]), down_shared)
+    hidden = grouped_product(gathered, gate_up, which, count, Tiling(*tiles[0]), up_shared)
+    out = grouped_product(hidden, down[:, None], which, count, Tiling(*tiles[1]), down_shared)
     total = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return kernels.call("ernie_combine_pairs", total, out, place, chosen, first, weights.astype(x.dtype), **sizes)
+    return kernels.call("ernie_combine_pairs", total, out, place, chosen, here, weights.astype(x.dtype), **sizes)

@@ -76,6 +76,14 @@ def test_experts(tokens, skewed, along, rng):
     assert distance(out, reference(*arguments, shared=shared)) < BOUND
 
 
+def test_padding_goes_to_no_expert(rng):
+    *arguments, shared = draw(rng, 20)
+    with emulator.emulated():
+        out = np.asarray(grouped_mlp(*arguments, "mosaic", shared=shared, live=jnp.int32(7)), np.float64)
+    assert distance(out[:7], reference(*arguments, shared=shared)[:7]) < BOUND
+    assert not out[7:].any()
+
+
 def test_experts_of_two_shards_add_up(rng):
     x, chosen, weights, gate_up, down, _ = draw(rng, 9)
     with emulator.emulated():
