@@ -27,6 +27,7 @@ COMMANDS = {
     "score": ("score", "log-probabilities of given texts, and their perplexity"),
     "chat": ("chat", "talk with a model"),
     "bench": ("bench", "measure decoding and prefill here against what the machine allows"),
+    "usage": ("usage", "sum up a server's ledger: tokens and cost by API key"),
     "train": ("train", "train a model by a recipe"),
 }
 
