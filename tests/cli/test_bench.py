@@ -154,7 +154,7 @@ def test_pages_are_in_no_order(engine, rng):
     drive.shuffle_pages(engine, rng)
     engine.submit([5] * 700, drive.greedy(1))
     engine.step()
-    (sequence,) = engine._running
+    (sequence,) = engine._scheduler.running
     assert sequence.pages != sorted(sequence.pages) and sequence.pages != sorted(sequence.pages, reverse=True)
     while engine.has_work:
         engine.step()
