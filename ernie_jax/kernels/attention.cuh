@@ -36,7 +36,7 @@ __device__ unsigned arrivals[kMostBlocks];
 
 struct Step {
   const bf16 *q, *k, *v;  // of each token and key/value head: [R, H], [H], [H]
-  int q_line, kv_line;    // elements from one to the next
+  int line;               // elements from one to the next
   const float* rotation;  // [T, 2, H / 2] cosines and sines to rotate queries and keys by; null: they are already
   bf16* pages;            // [P, page_size, 2K, H]
   const int *positions, *rows, *table;  // [T], [T], [B, width]
@@ -259,7 +259,7 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
     const int slot = step.table[table + newest / page_tiles] * step.page_size + position % step.page_size;
     bf16* to = pages + (int64_t)slot * stride;
     const int dim = lane % 16 * 8;
-    uint4 eight = *reinterpret_cast<const uint4*>((lane < 16 ? step.k : step.v) + (int64_t)line * step.kv_line + dim);
+    uint4 eight = *reinterpret_cast<const uint4*>((lane < 16 ? step.k : step.v) + (int64_t)line * step.line + dim);
     if (rotation && lane < 16) eight = rotate(eight, rotation, dim);
     *reinterpret_cast<uint4*>(to + lane * 8) = eight;
     __syncwarp();
@@ -272,7 +272,7 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
     const int query = lane / 4 + 8 * n;
-    const bf16* p = step.q + (int64_t)line * step.q_line + query * kHeadDim + lane % 4 * 8;
+    const bf16* p = step.q + (int64_t)line * step.line + query * kHeadDim + lane % 4 * 8;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       queries[n][j] = query < step.group ? *reinterpret_cast<const uint4*>(p + 32 * j) : make_uint4(0, 0, 0, 0);

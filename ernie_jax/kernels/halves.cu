@@ -21,7 +21,7 @@ ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer 
                       kv_heads * lines * dim, width, epsilon});
   attention::Step step;
   step.q = data<bf16>(*qkv), step.k = step.q + (lines - 2) * dim, step.v = step.k + dim;
-  step.q_line = step.kv_line = lines * dim;
+  step.line = lines * dim;
   step.rotation = data<float>(rotation);
   step.tokens = tokens, step.kv_heads = kv_heads, step.group = lines - 2;
   step.pages = data<bf16>(*pages), step.page_size = pages->dimensions()[1];

@@ -182,8 +182,11 @@ class Attention(nnx.Module):
     ):
         """Return the sum over this shard's heads [..., D], and the cache."""
         qkv = self.qkv("...d,krhd->...krh", x, backends)
-        rotated = rotate(qkv[..., :-1, :], angles[..., None, :])  # queries and the key
-        out, cache = attend(rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :], cache)
+        if isinstance(attend, PagedAttention) and attend.takes_unrotated(len(qkv)):
+            out, cache = attend.rotating(qkv, angles, cache)
+        else:
+            rotated = rotate(qkv[..., :-1, :], angles[..., None, :])  # queries and the key
+            out, cache = attend(rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :], cache)
         return self.out("...krh,dkrh->...d", out, backends, shard.index("kv_head")), cache
 
     def half(

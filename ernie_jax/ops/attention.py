@@ -100,7 +100,7 @@ def paged_attention(
         more, pages = paged_attention(*(x[batch.decode :] for x in (q, k, v)), pages, rest, backend)
         return jnp.concatenate([out, more]), pages
     if backend == "cuda" and batch.max_query == 1 and len(q) <= MOST_TOKENS:
-        return decode_attention(q, k, v, pages, batch)
+        return decode_attention(jnp.concatenate([q, k[:, :, None], v[:, :, None]], axis=2), None, pages, batch)
     pages = _write(k, v, pages, batch)
     return ATTENTION_BACKENDS[backend](q, pages, batch), pages
 
@@ -114,6 +114,14 @@ class PagedAttention:
 
     def __call__(self, q, k, v, pages):
         return paged_attention(q, k, v, pages, self.batch, self.backend)
+
+    def takes_unrotated(self, tokens: int) -> bool:
+        """Tell whether `rotating` is there for a step of so many tokens."""
+        return self.backend == "cuda" and self.batch.max_query == 1 and tokens <= MOST_TOKENS
+
+    def rotating(self, qkv, angles, pages):
+        """Rotate the queries and the key of qkv [T, K, R + 2, H] by angles [T, H / 2], and attend, in one kernel."""
+        return decode_attention(qkv, angles, pages, self.batch)
 
 
 def default_attention_backend(platform: str, head_dim: int, dtype: jnp.dtype, kv_heads: int) -> str:

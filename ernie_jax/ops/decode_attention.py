@@ -26,30 +26,44 @@ def decode_problem(head_dim: int, dtype: jnp.dtype, group: int = 1, page_size: i
     return None
 
 
-def decode_attention(q, k, v, pages, batch) -> tuple[jax.Array, jax.Array]:
+def decode_attention(
+    qkv: jax.Array,  # [T, K, R + 2, H]
+    angles: jax.Array | None,  # [T, H / 2] float32
+    pages: jax.Array,
+    batch,
+) -> tuple[jax.Array, jax.Array]:
     """Do what `paged_attention` does for a step of at most one token a sequence and MOST_TOKENS in all.
 
     Padding tokens come back zero and write nothing. The pages are updated in place where they are donated.
+
+    Args:
+      qkv: of each key/value head its queries, the key and the value.
+      angles: to rotate queries and keys by; None: they are rotated.
     """
-    if problem := decode_problem(q.shape[-1], pages.dtype, q.shape[2], pages.shape[1]):
+    tokens, kv_heads, lines, head_dim = qkv.shape
+    if problem := decode_problem(head_dim, pages.dtype, lines - 2, pages.shape[1]):
         raise UserError(f"attention backend cuda {problem}; use attention backend xla")
     out, pages, _ = kernels.call(
         "ernie_decode_attention",
         [
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((tokens, kv_heads, lines - 2, head_dim), qkv.dtype),
             jax.ShapeDtypeStruct(pages.shape, pages.dtype),
-            partial_results(q.shape[2]),
+            partial_results(lines - 2),
         ],
-        q,
-        k.astype(pages.dtype),
-        v.astype(pages.dtype),
+        qkv.astype(pages.dtype),
+        jnp.zeros((0, 2, head_dim // 2)) if angles is None else rotation(angles),
         pages,
         batch.positions,
         batch.rows,
         batch.page_table,
-        aliases={3: 1},
+        aliases={2: 1},
     )
     return out, pages
+
+
+def rotation(angles: jax.Array) -> jax.Array:
+    """Return the cosines and sines [T, 2, H / 2] float32 that the kernel rotates by."""
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
 
 
 def partial_results(group: int) -> jax.ShapeDtypeStruct:

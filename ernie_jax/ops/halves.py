@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ernie_jax import kernels
 from ernie_jax.ops.attention import RaggedBatch
-from ernie_jax.ops.decode_attention import decode_problem, partial_results
+from ernie_jax.ops.decode_attention import decode_problem, partial_results, rotation
 from ernie_jax.ops.router import SPLITS, router_problem
 from ernie_jax.ops.stream import experts_problem, linear_problem
 
@@ -108,7 +108,7 @@ def _cuda_attention(x, norm_weight, epsilon, qkv_weight, out_weight, angles, pag
         norm_weight,
         qkv_weight,
         out_weight,
-        jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1),
+        rotation(angles),
         pages,
         batch.positions,
         batch.rows,

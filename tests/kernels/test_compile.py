@@ -39,5 +39,4 @@ def test_the_library_has_the_handlers(nvcc):
     library = ctypes.CDLL(str(kernels.build("90")))
     calls = (path.read_text() for path in (pathlib.Path(kernels.__file__).parent.parent / "ops").glob("*.py"))
     names = set(re.findall(r'kernels\.call\(\s*"(\w+)"', "".join(calls)))
-    assert len(names) == 5
-    assert all(hasattr(library, name) for name in names)
+    assert names and all(hasattr(library, name) for name in names)
