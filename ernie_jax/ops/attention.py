@@ -97,6 +97,7 @@ def paged_attention(
     if batch.decode:
         first, rest = batch.split()
         out, pages = paged_attention(*(x[: batch.decode] for x in (q, k, v)), pages, first, backend)
+        out, pages = jax.lax.optimization_barrier((out, pages))  # all is read before the rest is written, in place
         more, pages = paged_attention(*(x[batch.decode :] for x in (q, k, v)), pages, rest, backend)
         return jnp.concatenate([out, more]), pages
     if backend == "cuda" and batch.max_query == 1 and len(q) <= MOST_TOKENS:
