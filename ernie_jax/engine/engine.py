@@ -407,7 +407,7 @@ class Engine:
                 while self._in_flight:
                     events += self._collect()
                 mask = self._mask(sampling, shape.rows)
-            stages = functools.reduce(operator.or_, (sequence.stages for _, sequence in sampling))
+            stages = functools.reduce(operator.or_, {sequence.stages for _, sequence in sampling})
             sampled = self._sampler.sample(out.logits, out.rows, stages, mask)
             experts = None
             if shape.routing:

@@ -30,6 +30,7 @@ class Stages(enum.IntFlag):
         adjusts = params.has_penalties or bool(params.logit_bias)
         return cls(cls.DRAW * (not params.is_greedy) | cls.ADJUST * adjusts | cls.REPORT * params.logprobs)
 
+    @functools.cache
     def choose(self, features: Features) -> Features:
         """Return `features` without the groups that are not needed."""
         off = Features()
