@@ -87,6 +87,8 @@ def main() -> None:
         rows.append((f"experts cuda {tokens}", time_experts, (tokens, "cuda", False)))
         if tokens <= 16:
             rows.append((f"experts+shared cuda {tokens}", time_experts, (tokens, "cuda", True)))
+        if tokens >= 2:
+            rows.append((f"experts+shared mosaic {tokens}", time_experts, (tokens, "mosaic", True)))
         if tokens >= 32:
             rows.append((f"experts dense {tokens}", time_experts, (tokens, "dense", False)))
     for tokens in (1, 8, 16):
