@@ -41,7 +41,7 @@ def mixed_shape(
     """Return the step that takes `chunk` tokens of one prompt beside a token each of `batch` sequences."""
     pages = -(-config.max_position_embeddings // page_size)
     splits = layout.platform != "tpu"
-    shapes = Shapes(layout.groups, batch, chunk, chunk, page_size, pages, splits)
+    shapes = Shapes(layout.groups, batch, chunk, chunk, page_size, pages, pads=layout.platform == "cpu", splits=splits)
     chunks = [[chunk], *[[]] * (layout.groups - 1)]
     return shapes.choose([-(-batch // layout.groups)] * layout.groups, chunks, context)
 

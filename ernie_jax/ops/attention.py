@@ -145,6 +145,11 @@ def check_attention_backend(backend: str, head_dim: int, dtype: jnp.dtype, kv_he
         raise UserError(f"attention backend {backend} {problem}; use attention backend xla")
 
 
+def pads_queries(backend: str, page_size: int) -> bool:
+    """Tell whether a backend pads all runs of a step to `max_query`, so that a tight one saves work."""
+    return backend == "xla" or (backend == "cuda" and not takes_prefill(page_size))
+
+
 def _problem(backend, head_dim, dtype, kv_heads):
     """Say what a backend does not take of a model's heads, if anything."""
     if backend == "rpa":
