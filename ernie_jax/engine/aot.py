@@ -10,6 +10,7 @@ from ernie_jax.config import ModelConfig
 from ernie_jax.engine.batching import StepShape, table_width
 from ernie_jax.engine.cache import PAGE_SIZE, abstract_pages
 from ernie_jax.engine.sampling import Features, SamplingParams, build_rows
+from ernie_jax.engine.shapes import Shapes
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.model import abstract_model
 from ernie_jax.sharding import Layout
@@ -32,6 +33,17 @@ def prefill_shape(
     One data group has them all: the others wait, which is what a single long prompt costs.
     """
     return StepShape(chunk, 1, chunk, 1, _pages(config, context, page_size), query=chunk)
+
+
+def mixed_shape(
+    config: ModelConfig, layout: Layout, batch: int, chunk: int, context: int, page_size: int = PAGE_SIZE
+) -> StepShape:
+    """Return the step that takes `chunk` tokens of one prompt beside a token each of `batch` sequences."""
+    pages = -(-config.max_position_embeddings // page_size)
+    splits = layout.platform != "tpu"
+    shapes = Shapes(layout.groups, batch, chunk, chunk, page_size, pages, pads=layout.platform == "cpu", splits=splits)
+    chunks = [[chunk], *[[]] * (layout.groups - 1)]
+    return shapes.choose([-(-batch // layout.groups)] * layout.groups, chunks, context)
 
 
 def lower_step(

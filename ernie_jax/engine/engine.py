@@ -108,7 +108,9 @@ class Engine:
         else:
             tokens = -(-options.cache_tokens // self._groups)
         self._group_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
-        self._pages = cache.make_pages(self.config, self.dtype, self._group_pages, options.page_size, layout)
+        sizes = self.config, self.dtype, self._group_pages, options.page_size
+        self._make_pages = functools.partial(cache.make_pages, *sizes, layout)
+        self._pages = self._make_pages()
         self._pools = [PagePool(self._group_pages - 1) for _ in range(self._groups)]
         self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
         self._step = DeviceStep(model, layout, **options.backends)
@@ -119,6 +121,7 @@ class Engine:
             options.mixed_chunk,
             options.page_size,
             max_pages=-(-self.config.max_position_embeddings // options.page_size),
+            pads=self._step.pads_queries(options.page_size),
             splits=self._step.attention_backend != "rpa",
         )
         self._sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
@@ -219,6 +222,20 @@ class Engine:
         """Drop a request; its pages are free at once. An unknown or finished one is ignored."""
         if request in self._sequences:
             self._finish(self._sequences[request])
+
+    def reset(self) -> list[int]:
+        """Start over after a step has failed: drop all requests, whose numbers are returned, and what is cached."""
+        dropped = list(self._sequences)
+        for request in dropped:
+            self.cancel(request)
+        for pool in self._pools:
+            pool.forget()  # perhaps the failed step was to fill them
+        self._in_flight.clear()
+        self._following = None
+        self._pages = []  # free before there are others
+        self._pages = self._make_pages()
+        self._sampler.reset()
+        return dropped
 
     def progress(self, request: int) -> Progress | None:
         """Tell how far the prompt of a request is computed, as far as dispatched; None if it has finished."""
@@ -407,7 +424,7 @@ class Engine:
                 while self._in_flight:
                     events += self._collect()
                 mask = self._mask(sampling, shape.rows)
-            stages = functools.reduce(operator.or_, (sequence.stages for _, sequence in sampling))
+            stages = functools.reduce(operator.or_, {sequence.stages for _, sequence in sampling})
             sampled = self._sampler.sample(out.logits, out.rows, stages, mask)
             experts = None
             if shape.routing:

@@ -30,6 +30,7 @@ class Stages(enum.IntFlag):
         adjusts = params.has_penalties or bool(params.logit_bias)
         return cls(cls.DRAW * (not params.is_greedy) | cls.ADJUST * adjusts | cls.REPORT * params.logprobs)
 
+    @functools.cache
     def choose(self, features: Features) -> Features:
         """Return `features` without the groups that are not needed."""
         off = Features()
@@ -63,13 +64,17 @@ class Sampler:
     """
 
     def __init__(self, step: DeviceStep, slots: int, put: Callable, vocab_size: int, valid_vocab: int):
-        self.last_tokens = put(np.zeros(slots, np.int32))
         self._step = step
         self._slots = slots
         self._put = put
         self._vocab_size = vocab_size
         self._valid_vocab = valid_vocab
         self._features = Features()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all settings and tokens."""
+        self.last_tokens: jax.Array = self._put(np.zeros(self._slots, np.int32))
         self._state: SamplerState = self._idle_state()
 
     def covers(self, params: Iterable[SamplingParams]) -> bool:

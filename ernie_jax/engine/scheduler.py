@@ -309,8 +309,9 @@ class Scheduler:
             if all(len(task.pages) > task.computed // self._page_size for task in decoding):
                 continue
             self.changes += 1
-            # Everyone gets the same tokens ahead, so that nobody's table changes while they last.
-            ahead = min(max(1, _AHEAD_TOKENS // self._page_size), pool.available // (4 * len(decoding)))
+            # Everyone gets the same pages ahead, so that nobody's table changes while they last; known ones are spared.
+            spare = max(len(pool.free), pool.available // 4)
+            ahead = min(max(1, _AHEAD_TOKENS // self._page_size), spare // len(decoding))
             for task in decoding:
                 wanted = min(self._limit(task), task.computed // self._page_size + 1 + ahead)
                 task.pages += pool.take(max(0, min(wanted - len(task.pages), pool.available)))

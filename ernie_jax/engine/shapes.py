@@ -23,6 +23,7 @@ class Shapes:
     Attributes:
       groups: number of data groups.
       max_pages: of the longest sequence.
+      pads: attention pads chunks to the shape's longest, so that several sizes of that pay.
       splits: the decoding part of a mixed step has a fixed size, as attention backends need that compute it apart.
     """
 
@@ -32,6 +33,7 @@ class Shapes:
     mixed_chunk: int
     page_size: int
     max_pages: int
+    pads: bool
     splits: bool
 
     def choose(self, decode: Sequence[int], chunks: Sequence[Sequence[int]], longest: int) -> StepShape:
@@ -40,7 +42,7 @@ class Shapes:
         Args:
           longest: tokens of the longest sequence, those of this step included.
         """
-        pages = table_width(-(-longest // self.page_size), self.max_pages, self.page_size)
+        pages = self._width(longest)
         most, total = max(decode), sum(decode)
         lengths = [length for group in chunks for length in group]
         if not lengths:
@@ -49,62 +51,62 @@ class Shapes:
         tokens, runs = max(map(sum, chunks)), max(map(len, chunks))
         if not total:
             size = bucket(sum(lengths), self.prefill_chunk, least=_LEAST_PREFILL)
-            group_tokens = self._share(size, tokens)
-            return self._prefill(size, group_tokens, len(lengths) > 1, self._query(max(lengths), group_tokens), pages)
-        lead = self._lead(most)
+            return self._prefill(size, self._share(size, tokens), len(lengths) > 1, max(lengths), pages)
         few = self._few(self.mixed_chunk)
         size = few if sum(lengths) <= few else self.mixed_chunk
-        return self._mixed(lead, size, self._share(size, tokens), runs > 1, max(lengths), pages)
+        return self._mixed(self._lead(most), size, self._share(size, tokens), runs > 1, max(lengths), pages)
 
     def all(self, context: int) -> list[StepShape]:
         """Return the shapes of steps of sequences of up to `context` tokens."""
-        found = dict.fromkeys(self._all(context))
-        return list(found)
+        widths = list(dict.fromkeys(map(self._width, range(1, context + 1, self.page_size))))
+        return list(dict.fromkeys(shape for pages in widths for shape in self._of_width(pages)))
 
-    def _all(self, context: int) -> Iterator[StepShape]:
-        most = -(-context // self.page_size)
-        widths = dict.fromkeys(table_width(n + 1, self.max_pages, self.page_size) for n in range(most))
-        for pages in widths:
-            for rows in self._sizes(self.max_sequences, 1):
-                for share in self._shares(rows):
-                    yield self._decode(rows, share, pages)
-            for size in self._sizes(self.prefill_chunk, _LEAST_PREFILL):
-                for share in self._shares(size):
-                    yield self._prefill(size, share, False, share, pages)
-                    for query in self._sizes(share, 1, factor=8):
-                        if query * PREFILL_ROWS > share // 4:  # else the chunks were fewer tokens than the step's
-                            yield self._prefill(size, share, True, query, pages)
-            leads = dict.fromkeys(map(self._lead, range(1, self.max_sequences + 1)))
-            for lead, size in itertools.product(leads, (self._few(self.mixed_chunk), self.mixed_chunk)):
-                for share in self._shares(size):
-                    for several, longest in ((False, size), (True, size), (True, 1)):
-                        yield self._mixed(lead, size, share, several, longest, pages)
+    def _of_width(self, pages: int) -> Iterator[StepShape]:
+        cached = pages * self.page_size
+        for rows in _sizes(self.max_sequences):
+            for share in self._shares(rows):
+                yield self._decode(rows, share, pages)
+        before = 0
+        for size in _sizes(self.prefill_chunk, least=_LEAST_PREFILL):
+            for share, several in itertools.product(self._shares(size), (False, True)):
+                runs = self.groups * PREFILL_ROWS if several else 1
+                if before < runs * cached:  # a step of more than `before` tokens fits the sequences
+                    for longest in _sizes(share, factor=8):
+                        yield self._prefill(size, share, several, longest, pages)
+            before = size
+        leads = dict.fromkeys(map(self._lead, range(1, self.max_sequences + 1)))
+        for lead, size in itertools.product(leads, (self._few(self.mixed_chunk), self.mixed_chunk)):
+            for share in self._shares(size):
+                for several, longest in ((False, size), (True, size), (True, 1)):
+                    yield self._mixed(lead, size, share, several, longest, pages)
 
     def _decode(self, rows: int, group_rows: int, pages: int) -> StepShape:
         return StepShape(rows, rows, group_rows, group_rows, pages, query=1)
 
-    def _prefill(self, tokens: int, group_tokens: int, several: bool, query: int, pages: int) -> StepShape:
+    def _prefill(self, tokens: int, group_tokens: int, several: bool, longest: int, pages: int) -> StepShape:
         group_rows = PREFILL_ROWS if several else 1
         rows = self.groups * PREFILL_ROWS if several else 1
-        return StepShape(tokens, rows, group_tokens, group_rows, pages, query if several else group_tokens)
+        query = bucket(longest, group_tokens, factor=8) if several and self.pads else group_tokens
+        return StepShape(tokens, rows, group_tokens, group_rows, pages, query)
 
     def _mixed(self, lead: int, tokens: int, group_tokens: int, several: bool, longest: int, pages: int) -> StepShape:
-        rows = lead + (PREFILL_ROWS if several else 1)
-        few = self._few(group_tokens)
-        query = few if several and longest <= few else group_tokens
+        rows, query, few = lead + PREFILL_ROWS, group_tokens, self._few(group_tokens)
+        if self.pads and not several:
+            rows = lead + 1
+        elif self.pads and longest <= few:
+            query = few
+        total = self.groups * lead + tokens
         decode = lead if self.splits else 0
-        return StepShape(
-            self.groups * lead + tokens, self.groups * rows, lead + group_tokens, rows, pages, query, decode
-        )
+        return StepShape(total, self.groups * rows, lead + group_tokens, rows, pages, query, decode)
+
+    def _width(self, longest: int) -> int:
+        return table_width(-(-longest // self.page_size), self.max_pages, self.page_size)
 
     def _lead(self, rows: int) -> int:
         return bucket(rows, self.max_sequences, factor=16, least=_LEAST_MIXED)
 
     def _few(self, tokens: int) -> int:
         return max(1, tokens // _FEW)
-
-    def _query(self, longest: int, tokens: int) -> int:
-        return bucket(longest, tokens, factor=8)
 
     def _share(self, total: int, most: int) -> int:
         """Return how much of a static size a group gets: an even share if that is enough for all, else the whole."""
@@ -114,5 +116,6 @@ class Shapes:
     def _shares(self, total: int) -> list[int]:
         return list(dict.fromkeys((-(-total // self.groups), total)))
 
-    def _sizes(self, most: int, least: int, factor: int = 4) -> list[int]:
-        return list(dict.fromkeys(bucket(n, most, factor, least) for n in range(1, most + 1)))
+
+def _sizes(most: int, least: int = 1, factor: int = 4) -> list[int]:
+    return list(dict.fromkeys(bucket(n, most, factor, least) for n in range(1, most + 1)))

@@ -25,6 +25,7 @@ from ernie_jax.ops import (
     default_attention_backend,
     default_exchange_backend,
     packed_attention,
+    pads_queries,
 )
 from ernie_jax.sharding import Layout
 
@@ -198,6 +199,11 @@ class DeviceStep:
             out_shardings=here,
         )
         self.set_rows = jax.jit(write_rows, donate_argnums=0, out_shardings=here)
+
+    def pads_queries(self, page_size: int) -> bool:
+        """Tell whether a tight `query` of a step's shape saves work."""
+        with compiling_for(self._layout.capability):
+            return pads_queries(self.attention_backend, page_size)
 
     def place(self, step: Step) -> jax.Array:
         """Bring a step to the devices."""

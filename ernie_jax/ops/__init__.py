@@ -7,6 +7,7 @@ from ernie_jax.ops.attention import (
     check_attention_backend,
     default_attention_backend,
     packed_attention,
+    pads_queries,
     paged_attention,
 )
 from ernie_jax.ops.embedding import embed
@@ -61,6 +62,7 @@ __all__ = [
     "norm_route",
     "packed_attention",
     "paged_attention",
+    "pads_queries",
     "rms_norm",
     "route",
     "swiglu",

@@ -97,6 +97,7 @@ def paged_attention(
     if batch.decode:
         first, rest = batch.split()
         out, pages = paged_attention(*(x[: batch.decode] for x in (q, k, v)), pages, first, backend)
+        out, pages = jax.lax.optimization_barrier((out, pages))  # all is read before the rest is written, in place
         more, pages = paged_attention(*(x[batch.decode :] for x in (q, k, v)), pages, rest, backend)
         return jnp.concatenate([out, more]), pages
     if backend == "cuda" and batch.max_query == 1 and len(q) <= MOST_TOKENS:
@@ -142,6 +143,11 @@ def check_attention_backend(backend: str, head_dim: int, dtype: jnp.dtype, kv_he
     """
     if problem := _problem(backend, head_dim, dtype, kv_heads):
         raise UserError(f"attention backend {backend} {problem}; use attention backend xla")
+
+
+def pads_queries(backend: str, page_size: int) -> bool:
+    """Tell whether a backend pads all runs of a step to `max_query`, so that a tight one saves work."""
+    return backend == "xla" or (backend == "cuda" and not takes_prefill(page_size))
 
 
 def _problem(backend, head_dim, dtype, kv_heads):

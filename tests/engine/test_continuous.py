@@ -167,6 +167,33 @@ def test_a_cancelled_prompt_leaves_only_whole_pages(engine, alone, rng):
     assert tokens_of(events[again]) == single_run(alone, prompt, params)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_step_that_fails_is_survived(engine, alone, rng, monkeypatch, when):
+    prompts = [rng.integers(3, 300, 60).tolist() for _ in range(3)]
+    params = SamplingParams(max_new_tokens=20, temperature=0.0, frequency_penalty=1.0, ignore_eos=True)
+    requests = [engine.submit(prompt, params) for prompt in prompts]
+    real, calls = engine._step.forward, []
+
+    def fail(pages, *arguments):
+        calls.append(None)
+        if len(calls) == 4:
+            if when == "after":
+                real(pages, *arguments)  # the pages are gone
+            raise RuntimeError("injected")
+        return real(pages, *arguments)
+
+    monkeypatch.setattr(engine._step, "forward", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        drain(engine)
+    assert engine.reset() == requests
+    assert not engine.has_work and engine.stats().free_pages == 20
+    again = [engine.submit(prompt, params) for prompt in prompts]
+    events = drain(engine)
+    for request, prompt in zip(again, prompts, strict=True):
+        assert events[request][0].cached_tokens == 0
+        assert tokens_of(events[request]) == single_run(alone, prompt, params)
+
+
 def test_scoring_leaves_the_known_pages_alone(engine, alone, rng):
     prompt = rng.integers(3, 300, 60).tolist()
     params = SamplingParams(max_new_tokens=4, temperature=0.0)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
-from ernie_jax.engine.aot import decode_shape, prefill_shape
+from ernie_jax.engine.aot import decode_shape, mixed_shape, prefill_shape
 from ernie_jax.engine.cache import abstract_pages
 from ernie_jax.errors import UserError
 from ernie_jax.model import forward
@@ -143,7 +143,8 @@ def test_cancel_frees_the_pages_and_the_others_go_on(engine, rng):
 
 def test_the_step_writes_the_cache_in_place(engine, tiny_config):
     """No copy of the cache in the compiled step: it would cost the whole cache's bandwidth every token."""
-    for step in (decode_shape(tiny_config, single(), 1, 48, 16), prefill_shape(tiny_config, single(), 64, 64, 16)):
+    decode, prefill = decode_shape(tiny_config, single(), 1, 48, 16), prefill_shape(tiny_config, single(), 64, 64, 16)
+    for step in (decode, prefill, mixed_shape(tiny_config, single(), 4, 64, 128, 16)):
         pages = abstract_pages(tiny_config, jnp.float32, 65, 16, single())
         text = engine._step.lower(step, pages, slots=4).compile().as_text()
         shape = "[65,16,4,16]"

@@ -56,7 +56,7 @@ def make_model(config, layout, routing) -> Ernie:
 
 @functools.cache
 def reference(config, routing):
-    """Return tokens -> (logits [T, V], the smallest lead of a chosen expert over the next) on one device."""
+    """Return tokens -> (logits [T, V], the least lead of a chosen expert, the chosen [L, T, k]) on one device."""
     model = make_model(config, single(), routing)
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, tokens: forward_with_leads(nnx.merge(graphdef, state), tokens))
@@ -64,25 +64,26 @@ def reference(config, routing):
     def of(tokens):
         padded = np.zeros((1, 256), np.int32)
         padded[0, : len(tokens)] = tokens
-        logits, leads = jax.device_get(run(state, padded))
-        return logits[0, : len(tokens)], leads[:, : len(tokens)].min()
+        logits, leads, chosen = jax.device_get(run(state, padded))
+        return logits[0, : len(tokens)], leads[:, : len(tokens)].min(), chosen[:, : len(tokens)]
 
     return of
 
 
 def forward_with_leads(model, tokens):
-    seen = []
+    leads, chosen = [], []
 
     def record(layer, x, backends):
         out = type(layer).__call__(layer, x, backends)
         scores = jnp.sort(out.probabilities + layer.correction_bias[...], axis=-1)
-        seen.append(scores[:, -layer.k] - scores[:, -layer.k - 1])
+        leads.append(scores[:, -layer.k] - scores[:, -layer.k - 1])
+        chosen.append(out.experts)
         return out
 
     for layer in model.layers:
         if hasattr(layer.mlp, "router"):
             object.__setattr__(layer.mlp, "router", functools.partial(record, layer.mlp.router))
-    return forward(model, tokens), jnp.stack(seen)
+    return forward(model, tokens), jnp.stack(leads), jnp.stack(chosen)
 
 
 def decided_prompts(rng, config, routing, lengths):
@@ -145,10 +146,20 @@ def greedy(engine, prompts, params):
     return [tokens[request] for request in requests]
 
 
+def first_experts(engine, prompts):
+    """Return the experts that the first new token of each prompt came out of, [L, k]."""
+    params = SamplingParams(max_new_tokens=1, temperature=0.0)
+    requests = [engine.submit(prompt, params, include_routing=True) for prompt in prompts]
+    experts = {}
+    while engine.has_work:
+        experts |= {event.request: event.experts for event in engine.step()}
+    return [experts[request] for request in requests]
+
+
 def test_engine_generates_and_scores_as_on_one_device(layout, tiny_config, rng):
     routing = "random"
     params = SamplingParams(max_new_tokens=12, temperature=0.0)
-    options = EngineOptions(cache_tokens=2048, max_sequences=4, prefill_chunk=64, page_size=PAGE)
+    options = EngineOptions(cache_tokens=2048, max_sequences=4, prefill_chunk=64, mixed_chunk=32, page_size=PAGE)
     engine = Engine(make_model(tiny_config, layout, routing), layout, options)
     alone = Engine(make_model(tiny_config, single(), routing), single(), options)
     compared = 0
@@ -157,7 +168,7 @@ def test_engine_generates_and_scores_as_on_one_device(layout, tiny_config, rng):
         expected = greedy(alone, prompts, params)
         logits = [reference(tiny_config, routing)(p + tokens) for p, tokens in zip(prompts, expected, strict=True)]
         generated = greedy(engine, prompts, params)
-        for prompt, ours, theirs, (values, lead) in zip(prompts, generated, expected, logits, strict=True):
+        for prompt, ours, theirs, (values, lead, _) in zip(prompts, generated, expected, logits, strict=True):
             first, second = np.sort(values[len(prompt) - 1 : -1], axis=-1)[:, :-3:-1].T
             if lead > 1e-5 and (first - second).min() > 10 * TOLERANCE:
                 assert ours == theirs
@@ -165,6 +176,9 @@ def test_engine_generates_and_scores_as_on_one_device(layout, tiny_config, rng):
         if compared >= 5:
             break
     assert compared >= 5
+    for prompt, experts in zip(prompts, first_experts(engine, prompts), strict=True):
+        expected = reference(tiny_config, routing)(prompt)[2][:, -1]
+        np.testing.assert_array_equal(experts, expected)
     scores, single_scores = dict(engine.score(prompts)), dict(alone.score(prompts))
     for i in range(len(prompts)):
         np.testing.assert_allclose(scores[i], single_scores[i], atol=TOLERANCE)

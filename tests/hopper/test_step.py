@@ -10,9 +10,8 @@ from jax.experimental import topologies
 
 from ernie_jax import kernels
 from ernie_jax.config import ModelConfig
-from ernie_jax.engine.aot import decode_shape, lower_step, prefill_shape
+from ernie_jax.engine.aot import decode_shape, lower_step, mixed_shape, prefill_shape
 from ernie_jax.engine.cache import PAGE_SIZE, bytes_per_token
-from ernie_jax.engine.shapes import Shapes
 from ernie_jax.errors import UserError
 from ernie_jax.planner.hlo import collectives
 from ernie_jax.sharding import make_layout
@@ -36,7 +35,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 LAYERS = 4  # of the model's 28, of which the first is dense: the others are alike
 PAGES = 2000
-# (sharding, GPUs, tokens of a decode step or of a prompt)
+# (sharding, GPUs, tokens of a decode step, of a prompt, or of a prompt beside 64 sequences)
 STEPS = [
     ("single", 1, "decode", 1),
     ("single", 1, "decode", 8),
@@ -48,6 +47,7 @@ STEPS = [
     ("tensor", 2, "decode", 64),
     ("expert", 2, "prefill", 2048),
     ("expert+data", 4, "decode", 64),
+    ("expert+data", 4, "mixed", 2048),
     ("expert+tensor", 4, "decode", 1),
 ]
 
@@ -66,9 +66,8 @@ def compile_step(sharding, gpus, kind, tokens):
     config = dataclasses.replace(config, num_hidden_layers=LAYERS, num_nextn_predict_layers=0)
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{gpus}", target_config=H100)
     layout = make_layout(config, topology.devices, preset=sharding)
-    if kind == "mixed":  # with 64 sequences that decode
-        shapes = Shapes(1, 64, 8192, tokens, PAGE_SIZE, config.max_position_embeddings // PAGE_SIZE, splits=True)
-        shape = shapes.choose([64], [[tokens]], 8192)
+    if kind == "mixed":
+        shape = mixed_shape(config, layout, 64, tokens, 8192)
     else:
         shape = (prefill_shape if kind == "prefill" else decode_shape)(config, layout, tokens, 8192)
     compiled = lower_step(config, layout, jnp.bfloat16, shape, PAGES).compile()
@@ -111,6 +110,14 @@ def large(line):
     for size in sizes[1].split(",") if sizes else ():
         elements *= int(size)
     return elements > 1 << 22
+
+
+def test_a_mixed_step_decodes_by_the_decode_kernel():
+    *_, shape, compiled = compile_step("single", 1, "mixed", 2048)
+    assert (shape.tokens, shape.decode) == (2112, 64)
+    text, moe_layers = compiled.as_text(), LAYERS - 1
+    assert text.count('custom_call_target="ernie_decode_attention"') == LAYERS
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == LAYERS + 2 * moe_layers  # prompts, and experts
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 256])

@@ -1,8 +1,12 @@
 """The decode attention kernel against float64, in the emulator."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from ernie_jax.ops import paged_attention
 from tests.kernels import cases
+from tests.ops import test_attention as ops
 
 pytestmark = pytest.mark.usefixtures("emulator")
 
@@ -39,3 +43,12 @@ def test_peaked_scores(rng):
 
 def test_many_tokens(rng):
     cases.check_decode(rng, rng.integers(0, 20, 300), kv_heads=1, page_size=16)
+
+
+def test_beside_prompts(rng, monkeypatch):
+    """In a mixed step the kernel takes the decoding part, two of whose rows are unused."""
+    monkeypatch.setattr(ops, "H", 128)
+    monkeypatch.setattr(ops, "PAGE", 16)
+    mixture = [(30, 1), (90, 1), (13, 9), (0, 17)]
+    run = jax.jit(lambda *arguments: paged_attention(*arguments, "cuda"))
+    ops.check(mixture, jnp.bfloat16, 1e-2, rng, run, decode=4)

@@ -40,12 +40,13 @@ def heads(rng, tokens, dtype):
 MIXTURE = [(13, 9), (30, 1), (0, 17), (90, 1)]
 
 
-def describe(runs, tokens):
+def describe(runs, tokens, decode=0):
     query = max((len(run.tokens) for run in runs), default=1)
-    return build_batch(runs, tokens=tokens, rows=len(runs) + 2, pages=16, query=query, page_size=PAGE, scratch_page=63)
+    sizes = {"tokens": tokens, "rows": len(runs) + 2, "pages": 16, "query": query, "decode": decode}
+    return build_batch(runs, **sizes, page_size=PAGE, scratch_page=63)
 
 
-def check(mixture, dtype, bound, rng, run):
+def check(mixture, dtype, bound, rng, run, decode=0):
     """Compare run(q, k, v, pages, batch) with float64, for (cached before, new tokens) of each sequence."""
     num_pages = 64
     order = rng.permutation(num_pages - 1).tolist()  # pages in no order; the last page is scratch
@@ -59,13 +60,14 @@ def check(mixture, dtype, bound, rng, run):
         histories.append((k, v))
         runs.append(Run([0] * new, cached, mine))
     total = sum(new for _, new in mixture)
-    batch = describe(runs, total + 5)
+    batch = describe(runs, total + 5, decode)
     q, k, v = heads(rng, total + 5, dtype)
     out, written = run(q, k, v, jnp.asarray(pages, dtype), batch)
     assert np.isfinite(np.asarray(out, np.float32)).all()
-    first = 0
-    for (cached, new), (old_k, old_v), row in zip(mixture, histories, runs, strict=True):
-        here = slice(first, first + new)
+    live = np.flatnonzero(batch.kv_lengths)
+    for (cached, new), (old_k, old_v), row, place in zip(mixture, histories, runs, live, strict=True):
+        here = np.flatnonzero(batch.rows == place)
+        assert len(here) == new
         all_k, all_v = (np.concatenate([a, b[here]]) for a, b in ((old_k, k), (old_v, v)))
         visible = np.arange(cached + new) <= (cached + np.arange(new))[:, None]
         expected = reference(q[here], all_k, all_v, visible)
@@ -74,7 +76,6 @@ def check(mixture, dtype, bound, rng, run):
         stored = np.asarray(written)[row.pages].reshape(-1, K, 2, H)[: cached + new]
         np.testing.assert_array_equal(stored[:, :, 0], all_k)
         np.testing.assert_array_equal(stored[:, :, 1], all_v)
-        first += new
     used = {page for row in runs for page in row.pages}
     others = [page for page in range(num_pages - 1) if page not in used]
     np.testing.assert_array_equal(np.asarray(written)[others], np.asarray(jnp.asarray(pages[others], dtype)))
@@ -92,6 +93,13 @@ DTYPES = pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.
 def test_paged_attention_matches_float64(mixture, block, dtype, bound, rng, monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK", block)
     check(mixture, dtype, bound, rng, jax.jit(paged_attention))
+
+
+@DTYPES
+def test_the_decoding_part_may_be_apart(dtype, bound, rng):
+    """Two of four rows are in use, and the kernel's part is computed by itself."""
+    mixture = [(30, 1), (90, 1), (13, 9), (0, 17)]
+    check(mixture, dtype, bound, rng, jax.jit(paged_attention), decode=4)
 
 
 def stand_in(q, *arguments, num_kv_pages_per_block, num_queries_per_block, **options):
