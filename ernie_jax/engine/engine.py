@@ -170,9 +170,8 @@ class Engine:
         else:
             tokens = -(-options.cache_tokens // self._groups)
         self._group_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
-        self._pages = cache.make_pages(self.config, self.dtype, self._group_pages, options.page_size, layout)
-        self._pools = [PagePool(self._group_pages - 1) for _ in range(self._groups)]
-        self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
+        self._layout = layout
+        self._start_empty()
         self._step = DeviceStep(model, layout, **options.backends)
         self._shapes = Shapes(
             self._groups,
@@ -185,10 +184,17 @@ class Engine:
         )
         self._sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
         self._seeds = random.Random(distributed.broadcast(secrets.randbits(63)))
+        self._requests = 0
+
+    def _start_empty(self) -> None:
+        """Make an empty cache, and a scheduler over it without requests."""
+        options = self.options
+        self._pages = cache.make_pages(self.config, self.dtype, self._group_pages, options.page_size, self._layout)
+        self._pools = [PagePool(self._group_pages - 1) for _ in range(self._groups)]
+        self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
         self._sequences: dict[int, _Sequence] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._following: _Following | None = None
-        self._requests = 0
 
     @property
     def group_tokens(self) -> int:
@@ -292,6 +298,14 @@ class Engine:
         if len(self._in_flight) > _STEPS_AHEAD or (self._in_flight and not dispatched):
             events += self._collect()
         return events
+
+    def reset(self) -> None:
+        """Drop all requests and what the cache holds: after a step that failed, whose arrays may be gone."""
+        counters = self._scheduler.counters
+        self._pages = None  # freed before there are new ones
+        self._start_empty()
+        self._scheduler.counters = counters
+        self._sampler.reset()
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the logits [T, V] float32 after each token of a sequence, computed without the cache.

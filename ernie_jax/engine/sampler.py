@@ -63,13 +63,17 @@ class Sampler:
     """
 
     def __init__(self, step: DeviceStep, slots: int, put: Callable, vocab_size: int, valid_vocab: int):
-        self.last_tokens = put(np.zeros(slots, np.int32))
         self._step = step
         self._slots = slots
         self._put = put
         self._vocab_size = vocab_size
         self._valid_vocab = valid_vocab
         self._features = Features()
+        self.reset()
+
+    def reset(self) -> None:
+        """Make the arrays anew, without sequences."""
+        self.last_tokens = self._put(np.zeros(self._slots, np.int32))
         self._state: SamplerState = self._idle_state()
 
     def covers(self, params: Iterable[SamplingParams]) -> bool:
