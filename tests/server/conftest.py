@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import json
 import pathlib
 import threading
 from collections.abc import Iterator
@@ -169,8 +168,3 @@ def server(llm) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def client(server) -> openai.OpenAI:
     return server.client
-
-
-def error_of(caught) -> dict:
-    """Return the error in a response's body."""
-    return json.loads(caught.value.response.content)["error"]

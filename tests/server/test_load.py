@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -14,11 +15,15 @@ import httpx2
 import openai
 import pytest
 
+from ernie_jax.errors import UserError
 from ernie_jax.server.protocol import ApiError
+from ernie_jax.text import guidance
 from tests.server.conftest import running
 
 NAME = "ernie-embedded"
 PROMPTS = ("In the beginning God created", "And it came to pass", "Thus saith the LORD", "李白\n", "a")
+PATIENCE = 120  # seconds: some programs are compiled when they are needed
+post = functools.partial(httpx2.post, timeout=PATIENCE)
 
 
 def wait_for(condition, seconds=20.0):
@@ -56,7 +61,7 @@ def test_who_leaves_frees_the_sequence_within_two_steps(server, stream):
     server.runner._after_step = lambda stats: seen.append((stats.running, server.runner.open))
     try:
         body = {"prompt": PROMPTS[0], "max_tokens": 3000, "stream": stream, "ignore_eos": True}
-        http = httpx2.Client(base_url=server.url)
+        http = httpx2.Client(base_url=server.url, timeout=PATIENCE)
         if stream:
             with http.stream("POST", "/v1/completions", json=body) as response:
                 next(response.iter_lines())
@@ -74,9 +79,9 @@ def test_who_leaves_frees_the_sequence_within_two_steps(server, stream):
 
 def test_a_slow_reader_loses_nothing(server):
     body = {"prompt": PROMPTS[0], "max_tokens": 60, "seed": 1, "ignore_eos": True}
-    whole = httpx2.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
-    text = ""
-    with httpx2.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}) as response:
+    whole = post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
+    text, http = "", httpx2.Client(base_url=server.url, timeout=PATIENCE)
+    with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
         for line in response.iter_lines():
             time.sleep(0.005)
             if line.startswith("data: {"):
@@ -86,9 +91,9 @@ def test_a_slow_reader_loses_nothing(server):
 
 def test_a_request_can_take_too_long(server):
     body = {"prompt": PROMPTS[0], "max_tokens": 3000, "timeout": 0.3, "ignore_eos": True}
-    response = httpx2.post(f"{server.url}/v1/completions", json=body)
+    response = post(f"{server.url}/v1/completions", json=body)
     assert response.status_code == 408 and response.json()["error"]["code"] == "request_timeout"
-    lines = httpx2.post(f"{server.url}/v1/completions", json=body | {"stream": True}).text.split("\n\n")
+    lines = post(f"{server.url}/v1/completions", json=body | {"stream": True}).text.split("\n\n")
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "request_timeout"
     with pytest.raises(openai.APIError):
         list(server.client.completions.create(model=NAME, prompt="a", max_tokens=3000, stream=True, extra_body=body))
@@ -114,9 +119,6 @@ def test_a_step_that_fails_fails_its_requests_only(server, llm, monkeypatch):
 
 
 def test_a_grammar_that_fails_fails_its_request_only(server, monkeypatch):
-    from ernie_jax.errors import UserError
-    from ernie_jax.text import guidance
-
     def mask(self, out):
         raise UserError("the grammar is too complex to go on: here")
 
@@ -131,10 +133,10 @@ def test_a_grammar_that_fails_fails_its_request_only(server, monkeypatch):
 def test_too_many_are_turned_away(llm):
     with running(llm, max_waiting=0) as server:
         body = {"prompt": "a", "max_tokens": 4, "n": 33}
-        refused = httpx2.post(f"{server.url}/v1/completions", json=body)
+        refused = post(f"{server.url}/v1/completions", json=body)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "overloaded"
         assert refused.headers["retry-after"] == "1"
-        assert httpx2.post(f"{server.url}/v1/completions", json=body | {"n": 32}).status_code == 200
+        assert post(f"{server.url}/v1/completions", json=body | {"n": 32}).status_code == 200
 
 
 def test_an_engine_that_only_fails_is_given_up(llm, monkeypatch):
@@ -143,7 +145,7 @@ def test_an_engine_that_only_fails_is_given_up(llm, monkeypatch):
 
     with running(llm) as server, monkeypatch.context() as patch:
         patch.setattr(llm.engine, "step", fail)
-        codes = [httpx2.post(f"{server.url}/v1/completions", json={"prompt": "a"}).status_code for _ in range(4)]
+        codes = [post(f"{server.url}/v1/completions", json={"prompt": "a"}).status_code for _ in range(4)]
         assert codes == [500, 500, 500, 503]
         assert httpx2.get(f"{server.url}/ready").status_code == httpx2.get(f"{server.url}/health").status_code == 503
     llm.engine.reset()
@@ -157,7 +159,7 @@ def test_a_drain_lets_answers_end(llm):
         next(stream)
         server.loop.call_soon_threadsafe(server.listener.end)
         wait_for(lambda: server.runner.refusal)
-        refused = httpx2.post(f"{server.url}/v1/completions", json={"prompt": "a"})
+        refused = post(f"{server.url}/v1/completions", json={"prompt": "a"})
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
         assert httpx2.get(f"{server.url}/ready").status_code == 503
         assert httpx2.get(f"{server.url}/health").status_code == 200
@@ -182,14 +184,13 @@ def test_the_command_serves_until_sigterm(checkpoint, cache):
     command = [sys.executable, "main.py", "serve", f"--model={checkpoint}", "--port=0", "--name=small"]
     command += ["--dtype=float32", "--cache_tokens=4096", "--max_sequences=2", "--nowarm_up"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         lines = []
         while not (lines and lines[-1].startswith("curl ")):
-            lines.append(process.stdout.readline())
-            assert lines[-1], process.stderr.read()
-        assert "sequences" in lines[0] and "float32" in lines[0]
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        assert "sequences" in lines[-3] and "float32" in lines[-3]
         url = lines[-2].split()[-1]
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         stream = client.completions.create(
@@ -198,7 +199,7 @@ def test_the_command_serves_until_sigterm(checkpoint, cache):
         next(stream)
         process.send_signal(signal.SIGTERM)
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
-        out, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=20)
         assert process.returncode == 0, err
         record = json.loads(err.strip().splitlines()[-1])
         assert record["endpoint"] == "/v1/completions" and record["tokens"]["generated"] == 100
