@@ -23,7 +23,7 @@ from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie, abstract_model, initialize
 from ernie_jax.paths import storage_path
 from ernie_jax.sharding import Layout, make_layout, shard_bytes, usable_devices
-from ernie_jax.text import ChatTemplate, IncrementalDetokenizer, StopStringMatcher, Tokenizer, check_vocabulary
+from ernie_jax.text import ChatTemplate, TextStream, Tokenizer, check_vocabulary
 
 # Text, token ids, chat messages, or {"messages": [...], "tools": [...]}.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -142,17 +142,21 @@ class LLM:
         seed: int = 0,
         mesh: str | None = None,
         sharding: str | None = None,
+        tokenizer: str | os.PathLike | None = None,
         **options: Any,
     ) -> LLM:
         """Make a model with random weights, drawn on the devices: for sizing, timing and tests.
 
         Args and errors are those of `load`.
+
+        Args:
+          tokenizer: a model's directory whose tokenizer, chat template and stop ids it borrows; default: none.
         """
         options, layout = EngineOptions(**options), choose_layout(config, mesh, sharding)
         model = Ernie(config, checkpoint.parse_dtype(dtype))
         _check_weights_fit(config, checkpoint.parse_dtype(dtype), layout, layout.mesh.local_devices)
         initialize(model, layout, seed)
-        return cls(model, layout, None, options)
+        return cls(model, layout, None if tokenizer is None else storage_path(tokenizer), options)
 
     def sampling_params(self, **fields: Any) -> SamplingParams:
         """Return the checkpoint's recommended sampling settings with `fields` in place of its own."""
@@ -280,30 +284,23 @@ class _Stream:
         self._index = index
         self._prompt_tokens = prompt_tokens
         self._params = params
-        self._detokenizer = IncrementalDetokenizer(tokenizer, strip_space=chat) if tokenizer else None
-        self._matcher = StopStringMatcher(params.stop)
+        self._stream = TextStream(tokenizer, params.stop, strip_space=chat) if tokenizer else None
         self._text: list[str] = []
         self._events: list[TokenEvent] = []
 
     def push(self, event: TokenEvent) -> Chunk:
         self._events.append(event)
         reason, text = event.finish_reason, ""
-        if self._detokenizer:
-            if reason != "stop":
-                text = self._detokenizer.push(event.token)
-            if reason:
-                text += self._detokenizer.flush()
-            text, stopped = self._matcher.feed(text)
-            if stopped:
+        if self._stream:
+            text = self._stream.push(None if reason == "stop" else event.token, last=bool(reason))
+            if self._stream.stopped:
                 reason = "stop"
-            elif reason:
-                text += self._matcher.flush()
         self._text.append(text)
         return Chunk(self._index, text, self._completion(reason) if reason else None)
 
     def _completion(self, reason: FinishReason) -> Completion:
         return Completion(
-            text="".join(self._text) if self._detokenizer else None,
+            text="".join(self._text) if self._stream else None,
             token_ids=[event.token for event in self._events],
             finish_reason=reason,
             prompt_tokens=self._prompt_tokens,

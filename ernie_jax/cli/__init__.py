@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": ("generate", "continue a prompt, or a file of prompts"),
     "score": ("score", "log-probabilities of given texts, and their perplexity"),
     "chat": ("chat", "talk with a model"),
+    "serve": ("serve", "serve a model over HTTP, as OpenAI's API"),
     "bench": ("bench", "measure decoding and prefill here against what the machine allows"),
     "usage": ("usage", "sum up a server's ledger: tokens and cost by API key"),
     "train": ("train", "train a model by a recipe"),

@@ -133,6 +133,8 @@ def load(values: flags.FlagValues, **options):
             )
         config = ModelConfig.from_file(presets()[values.model])
         config = dataclasses.replace(config, num_nextn_predict_layers=0)  # not used in generation: save the memory
+        if "tokenizer" in values:
+            options["tokenizer"] = values.tokenizer
         llm = LLM.random(config, values.dtype or "bfloat16", values.seed or 0, **options)
     elif values.random_weights:
         raise UserError(f"--random_weights goes with a preset ({', '.join(presets())}), not --model={values.model}")

@@ -2,6 +2,7 @@
 
 from ernie_jax.text.chat import ChatTemplate
 from ernie_jax.text.stop import StopStringMatcher
+from ernie_jax.text.stream import TextStream
 from ernie_jax.text.tokenizer import IncrementalDetokenizer, Tokenizer, check_vocabulary
 
-__all__ = ["ChatTemplate", "IncrementalDetokenizer", "StopStringMatcher", "Tokenizer", "check_vocabulary"]
+__all__ = ["ChatTemplate", "IncrementalDetokenizer", "StopStringMatcher", "TextStream", "Tokenizer", "check_vocabulary"]

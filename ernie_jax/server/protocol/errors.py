@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ernie_jax.errors import UserError
@@ -20,13 +21,22 @@ class ApiError(UserError):
       code: OpenAI's short name of the error, where it has one.
       status: of the HTTP response.
       type: OpenAI's class of the error; it goes with the status.
+      headers: of the response, such as retry-after.
     """
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(message)
         self.param = param
         self.code = code
         self.status = status
+        self.headers = dict(headers or {})
         self.type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
 
     @classmethod
@@ -46,6 +56,7 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }

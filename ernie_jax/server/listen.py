@@ -1,0 +1,94 @@
+"""The HTTP server under the application: it listens, and ends gracefully on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from ernie_jax.errors import UserError
+from ernie_jax.server.app import App
+from ernie_jax.server.runner import Runner
+
+_LAST_WORDS_SECONDS = 5  # for connections, once the answers on them have ended
+
+
+class Listener(uvicorn.Server):
+    """Serve until SIGTERM or SIGINT, then let what runs end.
+
+    While it drains new requests get 503, so that a balancer sends them elsewhere. A second signal ends at once.
+
+    Args:
+      drain_seconds: how long running requests may still take.
+      notify: called with a sentence for the user.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        runner: Runner,
+        drain_seconds: float,
+        notify: Callable[[str], None] = lambda words: None,
+        certificate: str | None = None,
+        key: str | None = None,
+    ):
+        super().__init__(
+            uvicorn.Config(
+                app.asgi,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ssl_certfile=certificate,
+                ssl_keyfile=key,
+                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+                ws="none",
+            )
+        )
+        self._runner = runner
+        self._drain_seconds = drain_seconds
+        self._notify = notify
+        self._draining: asyncio.Task | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the signals in the event loop, instead of uvicorn's way, which ends the process by them."""
+        loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+        with contextlib.suppress(ValueError, RuntimeError):  # no signals reach other threads than the first
+            for number in signals:
+                loop.add_signal_handler(number, self.end)
+        yield
+
+    def end(self) -> None:
+        """Begin to end, or end at once if that has begun; in the event loop's thread."""
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        if self._runner.open:
+            self._notify(f"ending: {self._runner.open} answers have {self._drain_seconds:g} seconds; again to end now")
+        if not await self._runner.drain(self._drain_seconds):
+            self._notify(f"gave up {self._runner.open} answers")
+            await asyncio.to_thread(self._runner.stop)
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address; port 0 takes a free one.
+
+    Raises:
+      UserError: if it can't be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise UserError(f"--host={host} --port={port}: {error.strerror or error}") from None
+    return listener

@@ -1,0 +1,170 @@
+"""A server over the embedded model, in a thread of its own, and OpenAI's clients of it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import pathlib
+import threading
+from collections.abc import Iterator
+
+import jax
+import openai
+import pytest
+
+from convert import convert
+from ernie_jax.llm import LLM
+from ernie_jax.server.app import App
+from ernie_jax.server.hooks import JsonLog, NoLedger, NoMetrics
+from ernie_jax.server.listen import Listener, bind
+from ernie_jax.server.model import ServedModel
+from ernie_jax.server.runner import Runner
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAME = "ernie-embedded"
+BODY_LIMIT = 200_000
+# The embedded model's template knows no tools; its tokenizer has no tags, so that they are plain text.
+TEMPLATE = """{%- for message in messages -%}
+{{ message.role }}: {{ message.content or '' }}{{ message.tool_calls or '' }}
+{% endfor %}{% if tools %}{{ tools | tojson }} Call with <tool_call>.
+{% endif %}assistant: """
+_UNOPTIMIZED = "jax_disable_most_optimizations"  # compiles three times as fast
+_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+
+
+class Log(JsonLog):
+    """Keep what would be written."""
+
+    def __init__(self):
+        self.lines = []
+
+    def request(self, *args, **fields):
+        self.lines.append((args, fields))
+
+
+class Ledger(NoLedger):
+    """Keep what was used."""
+
+    def __init__(self):
+        self.entries = {}
+
+    def record(self, caller, request_id, endpoint, model, usage, status):
+        assert request_id not in self.entries
+        self.entries[request_id] = caller.name, endpoint, model, usage, status
+
+
+class Metrics(NoMetrics):
+    """Keep what is observed."""
+
+    def __init__(self):
+        self.first_tokens, self.tokens, self.stats = [], [], None
+
+    def observe_first_token(self, seconds):
+        self.first_tokens.append(seconds)
+
+    def observe_token(self, seconds):
+        self.tokens.append(seconds)
+
+    def set_stats(self, stats):
+        self.stats = stats
+
+    def render(self):
+        return "text/plain; version=0.0.4; charset=utf-8", f"running {self.stats.running}\n".encode()
+
+
+@dataclasses.dataclass
+class Server:
+    """A running server, and its inside."""
+
+    url: str
+    runner: Runner
+    listener: Listener
+    loop: asyncio.AbstractEventLoop
+    log: Log
+    ledger: Ledger
+    metrics: Metrics
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    @property
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@contextlib.contextmanager
+def running(llm: LLM, drain_seconds: float = 5.0, max_waiting: int = 64, **options) -> Iterator[Server]:
+    """Run a server over a model."""
+    log, ledger, metrics = Log(), Ledger(), Metrics()
+    started = threading.Event()
+    found = []
+
+    async def serve():
+        runner = Runner(llm.engine, max_waiting)
+        app = App(ServedModel(llm, NAME), runner, log=log, ledger=ledger, metrics=metrics, **options)
+        listener = Listener(app, runner, drain_seconds)
+        socket = bind("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+        found.append(Server(url, runner, listener, asyncio.get_running_loop(), log, ledger, metrics))
+        task = asyncio.create_task(listener.serve([socket]))
+        while not listener.started and not task.done():
+            await asyncio.sleep(0.01)
+        started.set()
+        await task
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert started.wait(60)
+    server = found[0]
+    try:
+        yield server
+    finally:
+        if not server.loop.is_closed():
+            with contextlib.suppress(RuntimeError):
+                server.loop.call_soon_threadsafe(setattr, server.listener, "should_exit", True)
+        thread.join()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> pathlib.Path:
+    """Keep converted models and compiled programs of these tests in one new folder, subprocesses' too."""
+    directory = tmp_path_factory.mktemp("cache")
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", _LEAST_SECONDS)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ERNIE_JAX_CACHE", str(directory))
+        patch.setenv(_UNOPTIMIZED.upper(), "1")
+        patch.setenv(_LEAST_SECONDS.upper(), "0")
+        jax.config.update(_UNOPTIMIZED, True)
+        jax.config.update(_LEAST_SECONDS, 0)
+        jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
+        yield directory
+    for name, value in (before | {_UNOPTIMIZED: False}).items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> pathlib.Path:
+    """The embedded model, converted, with a chat template that knows tools."""
+    directory = tmp_path_factory.mktemp("served") / NAME
+    convert(str(ROOT / "models" / "ernie-embedded"), str(directory))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llm(checkpoint, cache) -> LLM:
+    """The model in float32, so that no answer depends on what else is in the batch."""
+    return LLM.load(
+        checkpoint, "float32", max_sequences=32, cache_tokens=8192, page_size=16, prefill_chunk=64, mixed_chunk=64
+    )
+
+
+@pytest.fixture(scope="session")
+def server(llm) -> Iterator[Server]:
+    with running(llm, body_limit=BODY_LIMIT, origins=["https://example.org"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server) -> openai.OpenAI:
+    return server.client
