@@ -347,6 +347,10 @@ class _Guarded:
             return False
 
     @property
+    def free(self) -> bool:
+        return self.error is None and self._grammar.free
+
+    @property
     def finished(self) -> bool:
         return self.error is not None or self._grammar.finished
 
