@@ -101,7 +101,7 @@ def running(llm: LLM, drain_seconds: float = 5.0, max_waiting: int = 64, **optio
 
     async def serve():
         runner = Runner(llm.engine, max_waiting)
-        app = App(ServedModel(llm, NAME), runner, log=log, ledger=ledger, metrics=metrics, **options)
+        app = App(ServedModel(llm, NAME), runner, **{"log": log, "ledger": ledger, "metrics": metrics} | options)
         listener = Listener(app, runner, drain_seconds)
         socket = bind("127.0.0.1", 0)
         url = f"http://127.0.0.1:{socket.getsockname()[1]}"
