@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from ernie_jax.errors import UserError
 from ernie_jax.server.endpoints import Generator
-from ernie_jax.server.hooks import JsonLog, NoLedger, NoMetrics, OpenAccess
+from ernie_jax.server.hooks import NoLedger, NoMetrics, OpenAccess
 from ernie_jax.server.http import (
     Disconnected,
     Recorder,
@@ -27,6 +27,7 @@ from ernie_jax.server.http import (
     read_body,
     routing_error,
 )
+from ernie_jax.server.logs import Log
 from ernie_jax.server.model import ServedModel
 from ernie_jax.server.protocol import (
     ApiError,
@@ -69,7 +70,7 @@ class App:
         access: OpenAccess | None = None,
         ledger: NoLedger | None = None,
         metrics: NoMetrics | None = None,
-        log: JsonLog | None = None,
+        log: Log | None = None,
         origins: Sequence[str] = (),
         body_limit: int = BODY_LIMIT,
         request_timeout: float | None = None,
@@ -93,7 +94,7 @@ class App:
             Route("/version", self._version),
             Route("/metrics", self._show_metrics),
         ]
-        about = {"log": log or JsonLog(), "ledger": ledger or NoLedger(), "metrics": self._metrics}
+        about = {"log": log or Log(), "ledger": ledger or NoLedger(), "metrics": self._metrics}
         middleware = [Middleware(Recorder, model=model.name, access=self._access, **about)]
         if origins:
             limits = [f"x-ratelimit-{what}-{unit}" for what in _LIMITS for unit in ("requests", "tokens")]

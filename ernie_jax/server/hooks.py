@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from ernie_jax.engine import Stats
 from ernie_jax.server.ledger import Entry, Ledger
@@ -85,24 +83,3 @@ class NoMetrics:
     def render(self) -> tuple[str, bytes]:
         """Return the content type and body of /metrics."""
         return "text/plain; version=0.0.4; charset=utf-8", b""
-
-
-class JsonLog:
-    """Write a JSON object a line to stderr for every request, without what users say."""
-
-    def request(
-        self,
-        request_id: str,
-        key: str | None,
-        endpoint: str,
-        status: int,
-        seconds: float,
-        usage: Usage | None = None,
-        **fields: Any,
-    ) -> None:
-        """Write that a request is over; `key` is the caller's name, None if nobody was let in."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = {"time": now, "request_id": request_id, "key": key, "endpoint": endpoint, "status": status}
-        tokens = usage and {"prompt": usage.prompt, "cached": usage.cached, "generated": usage.completion}
-        record |= {"seconds": round(seconds, 6), "tokens": tokens} | fields
-        print(json.dumps({k: v for k, v in record.items() if v is not None}), file=sys.stderr, flush=True)

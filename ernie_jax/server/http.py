@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ernie_jax.server.hooks import JsonLog, NoLedger, NoMetrics, OpenAccess
+from ernie_jax.server.hooks import NoLedger, NoMetrics, OpenAccess
+from ernie_jax.server.logs import Log
 from ernie_jax.server.protocol import ApiError
 
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
@@ -149,7 +150,7 @@ class Recorder:
     """
 
     def __init__(
-        self, app: ASGIApp, model: str, access: OpenAccess, log: JsonLog, ledger: NoLedger, metrics: NoMetrics
+        self, app: ASGIApp, model: str, access: OpenAccess, log: Log, ledger: NoLedger, metrics: NoMetrics
     ):
         self._app = app
         self._model = model

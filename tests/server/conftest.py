@@ -14,8 +14,9 @@ import pytest
 from convert import convert
 from ernie_jax.llm import LLM
 from ernie_jax.server.app import App
-from ernie_jax.server.hooks import JsonLog, NoLedger, NoMetrics
+from ernie_jax.server.hooks import NoLedger, NoMetrics
 from ernie_jax.server.listen import Listener, bind
+from ernie_jax.server.logs import Log
 from ernie_jax.server.model import ServedModel
 from ernie_jax.server.runner import Runner
 
@@ -31,7 +32,7 @@ _UNOPTIMIZED = "jax_disable_most_optimizations"  # compiles three times as fast
 _LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
-class Log(JsonLog):
+class KeptLog(Log):
     """Keep what would be written."""
 
     def __init__(self):
@@ -79,7 +80,7 @@ class Server:
     runner: Runner
     listener: Listener
     loop: asyncio.AbstractEventLoop
-    log: Log
+    log: KeptLog
     ledger: Ledger
     metrics: Metrics
 
@@ -95,7 +96,7 @@ class Server:
 @contextlib.contextmanager
 def running(llm: LLM, drain_seconds: float = 5.0, max_waiting: int = 64, **options) -> Iterator[Server]:
     """Run a server over a model."""
-    log, ledger, metrics = Log(), Ledger(), Metrics()
+    log, ledger, metrics = KeptLog(), Ledger(), Metrics()
     started = threading.Event()
     found = []
 
