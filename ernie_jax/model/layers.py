@@ -345,18 +345,16 @@ class MoE(nnx.Module):
         self, x: jax.Array, norm: RMSNorm, shard: Shard, residual: bool, backends: Backends
     ) -> tuple[jax.Array, Routing] | None:
         """Do `norm`, this and the addition of x, if `residual`, in one call; None if there is none for this step."""
+        if not backends.takes_halves or shard.exchanges:
+            return None
         gate_up, down = self.experts.gate_up.weight[...], self.experts.down.weight[...]
         router, shared = self.router, None
-        if (
-            not backends.takes_halves
-            or shard.exchanges
-            or experts_half_problem(x, router.weight[...], router.k, gate_up)
-        ):
-            return None
         if hasattr(self, "shared"):
             if self.shared.biased:
                 return None
             shared = self.shared.gate_up.weight[...], self.shared.down.weight[...]
+        if experts_half_problem(x, router.weight[...], router.k, gate_up, shared):
+            return None
         first = shard.index("expert") * len(gate_up)
         y, *routing = experts_half(
             x, norm.weight[...], norm.epsilon, router.weight[...], router.correction_bias[...], router.k,

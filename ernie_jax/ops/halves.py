@@ -82,14 +82,14 @@ def experts_half(
     )  # fmt: skip
 
 
-def experts_half_problem(x, router_weight, k: int, gate_up) -> str | None:
+def experts_half_problem(x, router_weight, k: int, gate_up, shared) -> str | None:
     """Say what of a step the half does not take, if anything; arguments as in `experts_half`."""
     experts, _, inner, width = gate_up.shape
     if len(x) != 1:
         return f"takes a single token, not {len(x)}"
-    return experts_problem(width, inner, experts, gate_up.dtype) or router_problem(
-        width, len(router_weight), k, x.dtype
-    )
+    beside = 0 if shared is None else shared[1].shape[1]
+    problem = experts_problem(width, inner, experts, gate_up.dtype, beside)
+    return problem or router_problem(width, len(router_weight), k, x.dtype)
 
 
 def _cuda_attention(x, norm_weight, epsilon, qkv_weight, out_weight, angles, pages, batch, residual):

@@ -29,11 +29,11 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     return kernels.call("ernie_linear", jax.ShapeDtypeStruct((len(x), len(weight)), x.dtype), x, weight)
 
 
-def experts_problem(width: int, inner: int, experts: int, dtype: jnp.dtype) -> str | None:
-    """Say what the experts' kernels do not take, if anything."""
+def experts_problem(width: int, inner: int, experts: int, dtype: jnp.dtype, shared: int = 0) -> str | None:
+    """Say what the experts' kernels do not take, if anything; `shared` is the shared experts' width on this shard."""
     if experts > 256:
         return f"takes up to 256 experts a shard, not {experts}"
-    return _problem(dtype, width=width, inner=inner)
+    return _problem(dtype, model=width, inner=inner, shared=shared)
 
 
 def by_stream(x, chosen, weights, gate_up, down, first_expert, shared=None):
@@ -44,11 +44,11 @@ def by_stream(x, chosen, weights, gate_up, down, first_expert, shared=None):
     """
     tokens, k = chosen.shape
     experts, _, inner, width = gate_up.shape
-    if problem := experts_problem(width, inner, experts, gate_up.dtype):
-        raise UserError(f"expert backend cuda {problem}; use expert backend dense")
     if shared is None:
         shared = jnp.zeros((2, 0, width), x.dtype), jnp.zeros((width, 0), x.dtype)
     shared_inner = shared[0].shape[1]
+    if problem := experts_problem(width, inner, experts, gate_up.dtype, shared_inner):
+        raise UserError(f"expert backend cuda {problem}; use expert backend dense")
     walks = tokens <= 16  # kWalks of experts.cu: then no pair's row goes to memory
     scratch = 2 + 2 * experts + tokens * k + (experts * tokens if walks else 0)
     out, *_ = kernels.call(
@@ -76,5 +76,5 @@ def _problem(dtype: jnp.dtype, **sizes: int) -> str | None:
         return f"takes bfloat16, not {jnp.dtype(dtype).name}"
     for name, size in sizes.items():
         if size % 256:
-            return f"takes multiples of 256, not an {name} width of {size}"
+            return f"takes multiples of 256, not {size} ({name} width)"
     return None

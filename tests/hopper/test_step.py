@@ -74,6 +74,15 @@ def compile_step(sharding, gpus, kind, tokens):
     return config, layout, shape, compiled
 
 
+def test_shards_of_shared_experts_that_the_kernels_do_not_take():
+    """Each of 8 GPUs has 384 of the shared experts' 3,072 columns, and the kernels go by 256: XLA computes those."""
+    _, layout, _, compiled = compile_step("expert", 8, "decode", 1)
+    assert layout.size("mlp") == 8
+    text = compiled.as_text()
+    assert "ernie_experts_half" not in text and "ernie_experts" in text
+    assert "/shared/" in text
+
+
 def launches(text):
     """Return what the program's entry launches, in order: a kernel's target, or the kind of instruction."""
     found = []

@@ -1,7 +1,10 @@
 """Our kernels for few tokens against float64, in the emulator."""
 
+import jax.numpy as jnp
 import pytest
 
+from ernie_jax.errors import UserError
+from ernie_jax.ops import grouped_mlp, takes_shared
 from tests.kernels import cases
 
 pytestmark = pytest.mark.usefixtures("emulator")
@@ -34,3 +37,13 @@ def test_shared_experts_along(tokens, rng):
 @pytest.mark.parametrize("tokens", [1, 9, 40])
 def test_shards_and_padding(tokens, rng):
     cases.check_shards(rng, tokens, 6, 16, 256, 256)
+
+
+def test_a_width_of_shared_experts_that_is_no_multiple_of_256_is_refused():
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.bfloat16)
+
+    arguments = zeros(1, 256), jnp.zeros((1, 2), jnp.int32), zeros(1, 2), zeros(4, 2, 256, 256), zeros(4, 256, 256)
+    with pytest.raises(UserError, match=r"takes multiples of 256, not 384 \(shared width\)"):
+        grouped_mlp(*arguments, "cuda", shared=(zeros(2, 384, 256), zeros(256, 384)))
+    assert takes_shared("cuda", 1, 256, 512) and not takes_shared("cuda", 1, 256, 384)
