@@ -5,15 +5,12 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 
-import jax
 import pytest
 
 from convert import convert
 from ernie_jax import checkpoint, cli
 
 ROOT = pathlib.Path(__file__).parents[2]
-_UNOPTIMIZED = "jax_disable_most_optimizations"  # compiles three times as fast
-_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 @dataclasses.dataclass
@@ -23,19 +20,9 @@ class Result:
     err: str
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory) -> pathlib.Path:
-    """Keep converted models and compiled programs of all these tests in one new folder, subprocesses' too."""
-    directory = tmp_path_factory.mktemp("cache")
-    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", _LEAST_SECONDS)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ERNIE_JAX_CACHE", str(directory))
-        patch.setenv(_UNOPTIMIZED.upper(), "1")
-        jax.config.update(_UNOPTIMIZED, True)
-        jax.config.update(_LEAST_SECONDS, 0)
-        yield directory
-    for name, value in (before | {_UNOPTIMIZED: False}).items():
-        jax.config.update(name, value)
+@pytest.fixture(scope="module", autouse=True)
+def compiling(quick_compiling):
+    pass
 
 
 @pytest.fixture

@@ -15,14 +15,8 @@ RECORDS.insert(2, {"prompt": 3})
 
 
 @pytest.fixture(scope="module", autouse=True)
-def environment(tmp_path_factory):
-    """Keep compiled programs of all runs in one folder, and compile quickly."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ERNIE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        patch.setenv("JAX_PLATFORMS", "cpu")
-        yield
+def compiling(quick_compiling):
+    pass
 
 
 @pytest.fixture(scope="module")

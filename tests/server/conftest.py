@@ -7,7 +7,6 @@ import pathlib
 import threading
 from collections.abc import Iterator
 
-import jax
 import openai
 import pytest
 
@@ -28,8 +27,6 @@ TEMPLATE = """{%- for message in messages -%}
 {{ message.role }}: {{ message.content or '' }}{{ message.tool_calls or '' }}
 {% endfor %}{% if tools %}{{ tools | tojson }} Call with <tool_call>.
 {% endif %}assistant: """
-_UNOPTIMIZED = "jax_disable_most_optimizations"  # compiles three times as fast
-_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 class KeptLog(Log):
@@ -126,21 +123,9 @@ def running(llm: LLM, drain_seconds: float = 5.0, max_waiting: int = 64, **optio
         thread.join()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory) -> pathlib.Path:
-    """Keep converted models and compiled programs of these tests in one new folder, subprocesses' too."""
-    directory = tmp_path_factory.mktemp("cache")
-    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", _LEAST_SECONDS)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ERNIE_JAX_CACHE", str(directory))
-        patch.setenv(_UNOPTIMIZED.upper(), "1")
-        patch.setenv(_LEAST_SECONDS.upper(), "0")
-        jax.config.update(_UNOPTIMIZED, True)
-        jax.config.update(_LEAST_SECONDS, 0)
-        jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
-        yield directory
-    for name, value in (before | {_UNOPTIMIZED: False}).items():
-        jax.config.update(name, value)
+@pytest.fixture(scope="module", autouse=True)
+def compiling(quick_compiling):
+    pass
 
 
 @pytest.fixture(scope="session")
