@@ -49,8 +49,8 @@ class Entry:
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Entry))
 _TYPES = {"float": "REAL", "str": "TEXT", "int": "INTEGER"}
 _CREATE = ", ".join(f"{field.name} {_TYPES[field.type]} NOT NULL" for field in dataclasses.fields(Entry))
-_INSERT = f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
-_UPDATE = f"UPDATE requests SET {', '.join(f'{name} = ?' for name in _COLUMNS)} WHERE rowid = ?"
+_PUT = f"INSERT OR REPLACE INTO requests (rowid, {', '.join(_COLUMNS)}) VALUES "
+_PLACES = f"({', '.join('?' * (1 + len(_COLUMNS)))})"
 
 
 Row = Future[int]  # the number of a row in the file, once it is written
@@ -148,11 +148,9 @@ class Ledger:
                 self._commit(batch)
 
     def _commit(self, batch: list[_Item]) -> None:
-        numbers: dict[Row, int] = {}
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            for item in batch:
-                numbers[item.row] = self._put(item, numbers)
+            numbers = self._put(batch)
             self._database.execute("COMMIT")
         except Exception as error:
             with contextlib.suppress(sqlite3.Error):
@@ -169,17 +167,26 @@ class Ledger:
             for row, number in numbers.items():
                 row.set_result(number)
 
-    def _put(self, item: _Item, numbers: dict[Row, int]) -> int:
-        """Insert a row, or update the one that it replaces, if that was written; returns its number."""
-        values = dataclasses.astuple(item.entry)
-        old = item.replaces
-        number = numbers.get(old)
-        if number is None and old and not old.exception():  # it is done: it stood before this one in the queue
-            number = old.result()
-        if number is None:
-            return self._database.execute(_INSERT, values).lastrowid
-        self._database.execute(_UPDATE, (*values, number))
-        return number
+    def _put(self, batch: list[_Item]) -> dict[Row, int]:
+        """Write rows in one statement, each in a new place or in that of the row that it replaces; returns the places.
+
+        One, because after every statement the thread has to wait for its turn among the process's others.
+        """
+        (last,) = self._database.execute("SELECT coalesce(max(rowid), 0) FROM requests").fetchone()
+        numbers: dict[Row, int] = {}
+        rows: dict[int, tuple] = {}
+        for item in batch:
+            old = item.replaces
+            number = numbers.get(old)
+            if number is None and old and not old.exception():  # it is done: it stood before this one in the queue
+                number = old.result()
+            if number is None:
+                number = last = last + 1
+            numbers[item.row] = number
+            rows[number] = number, *dataclasses.astuple(item.entry)
+        statement = _PUT + ", ".join([_PLACES] * len(rows))
+        self._database.execute(statement, [value for row in rows.values() for value in row])
+        return numbers
 
 
 @dataclasses.dataclass(frozen=True)
