@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 import random
 import secrets
@@ -30,6 +31,7 @@ from ernie_jax.engine.sampling import SampleOutput, SamplingParams
 from ernie_jax.engine.scheduler import PREFILL_ROWS, Part, Plan, Scheduler, Task
 from ernie_jax.engine.shapes import Shapes
 from ernie_jax.engine.step import DeviceStep, StepOutput
+from ernie_jax.engine.warm_up import compile_all
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
 from ernie_jax.sharding import PRESETS, Layout
@@ -348,28 +350,44 @@ class Engine:
         routing: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Compile ahead what steps need, by steps in which nobody takes part. The engine must be idle.
+        """Compile ahead what steps need, several programs at a time, and run each with nobody in it.
+
+        The engine must be idle.
 
         Args:
           params: settings to come; what any of them asks for needs no other program then.
           context: of the longest sequence to come; default: the longest that fits.
           grammars: some requests will have one.
           routing: some requests will include it.
-          progress: called with how many shapes are compiled, of how many.
+          progress: called with how many programs are compiled, of how many.
         """
         shapes, params = self.shapes(context), list(params)
         if routing:
             shapes += [dataclasses.replace(shape, routing=True) for shape in shapes]
         self._sampler.lay_out(params)
+        kinds = self._sampler.kinds(params, grammars)
+        total = len(shapes) + len({shape.rows for shape in shapes}) * len(kinds)
+        done = itertools.count(1)
+        progress(0, total)
+
+        def compiled() -> None:
+            progress(next(done), total)
+
+        pages = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding) for array in self._pages]
+        slots = self.options.max_sequences
+        kept = compile_all((self._step.lower(shape, pages, slots) for shape in shapes), compiled)
         by_rows = {}
-        for done, shape in enumerate(shapes):
-            progress(done, len(shapes))
-            nothing = self._make_step([()] * self._groups, shape)
-            out = self._forward(shape, self._step.place(nothing))
+        for shape in shapes:
+            out = self._forward(shape, self._step.place(self._make_step([()] * self._groups, shape)))
             by_rows[shape.rows] = out.logits, out.rows
-        self._sampler.warm_up(params, by_rows.values(), grammars)
+        del kept
+        steps = list(itertools.product(by_rows.values(), kinds))
+        kept = compile_all((self._sampler.lower(*out, kind) for out, kind in steps), compiled)
+        for out, kind in steps:
+            self._sampler.warm_up(*out, kind)
+        del kept
+        self._sampler.warm_up_settings()
         jax.block_until_ready((self._pages, self._sampler.last_tokens))
-        progress(len(shapes), len(shapes))
 
     def _make_scheduler(self, slots: int, prefix_caching: bool) -> Scheduler:
         options = self.options
