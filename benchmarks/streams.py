@@ -121,7 +121,7 @@ async def measure(url: str, case: Case, vocabulary: int) -> dict[str, float]:
 async def _read(reader: asyncio.StreamReader, due: float) -> Timing:
     times: list[float] = []
     last = b""
-    status = (await reader.readline()).split(maxsplit=2)
+    status = (await reader.readline()).split()
     if status[1:2] != [b"200"]:
         rest = (await reader.read()).partition(b"\r\n\r\n")[2]
         raise RuntimeError(f"the server answers {b' '.join(status).decode()}: {rest.decode()[:300]}")
