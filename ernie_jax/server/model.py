@@ -63,7 +63,8 @@ class ServedModel:
     def card(self) -> dict[str, Any]:
         """Describe the model for /v1/models."""
         card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "ernie_jax"}
-        return card | {"max_model_len": self.context}
+        sampling = {"temperature": self.defaults.temperature, "top_p": self.defaults.top_p}
+        return card | {"max_model_len": self.context, "default_sampling": sampling}
 
     def check_name(self, name: str | None) -> None:
         """Refuse a request for another model; one that names none is for this.
