@@ -72,7 +72,7 @@ export class Answer {
       this.#pending.content += content;
     }
     for (const call of calls) this.#takeCall(call);
-    if (choice.routing) {
+    if (choice.routing?.experts.length) {
       this.#experts ??= new HeatMap();
       this.#experts.add(choice.routing);
     }
@@ -196,7 +196,7 @@ export class Answer {
       return field;
     });
     const button = make("button", { type: "button", className: "primary" }, "Send results and continue");
-    const row = make("div", { className: "row results" }, button);
+    const row = make("div", { className: "row" }, button);
     this.element.append(row);
     button.addEventListener("click", () => {
       this.results = fields.map((field) => field.value);

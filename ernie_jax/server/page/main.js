@@ -140,7 +140,7 @@ function openSettings(field) {
   if (field) byId(field).focus();
 }
 
-panel.addEventListener("close", () => (byId("open-settings").ariaExpanded = "false"));
+panel.addEventListener("close", () => (byId("open-settings").ariaExpanded = String(panel.open)));
 byId("open-settings").addEventListener("click", () => (panel.open ? panel.close() : openSettings()));
 byId("close-settings").addEventListener("click", () => panel.close());
 WIDE.addEventListener("change", () => {
@@ -174,7 +174,7 @@ message.addEventListener("keydown", (event) => {
   byId("composer").requestSubmit();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || panel.matches(":modal")) return;
+  if (event.key !== "Escape" || event.isComposing || panel.matches(":modal")) return;
   if (running) running.abort();
   else if (panel.contains(document.activeElement)) panel.close();
 });

@@ -94,7 +94,8 @@ export class Settings {
   // Say beside a field what is wrong with it; return whether nothing is.
   #check(id) {
     const field = byId(id);
-    const problem = id === "tools" ? toolsProblem(field.value) : NUMBERS.includes(id) ? numberProblem(field) : "";
+    const find = NUMBERS.includes(id) ? numberProblem : PROBLEMS[id];
+    const problem = find ? find(field) : "";
     let words = byId(`${id}-problem`);
     if (problem && !words) {
       words = make("p", { id: `${id}-problem`, className: "problem" });
@@ -108,6 +109,8 @@ export class Settings {
   }
 }
 
+const PROBLEMS = { tools: toolsProblem, key: keyProblem };
+
 function numberProblem(field) {
   const { badInput, rangeUnderflow, rangeOverflow, stepMismatch } = field.validity;
   if (badInput) return "Give a number.";
@@ -117,8 +120,8 @@ function numberProblem(field) {
   return "";
 }
 
-// Return what is wrong with the text of the tools; the server checks the rest.
-function toolsProblem(text) {
+// Return what is wrong with the tools; the server checks the rest.
+function toolsProblem({ value: text }) {
   if (!text.trim()) return "";
   let tools;
   try {
@@ -130,4 +133,8 @@ function toolsProblem(text) {
   const wrong = tools.findIndex((tool) => tool?.type !== "function" || typeof tool.function?.name !== "string");
   if (wrong >= 0) return `Tool ${wrong + 1} needs "type": "function" and a "function" with a "name".`;
   return "";
+}
+
+function keyProblem({ value: key }) {
+  return /^[\x20-\x7e]*$/.test(key) ? "" : "A key has only letters, digits and signs of ASCII.";
 }

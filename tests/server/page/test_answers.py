@@ -144,6 +144,9 @@ def test_settings(page, scripted):
         page.get_by_label("Max tokens").fill(text)
         expect(page.locator("#max_completion_tokens-problem")).to_have_text(words)
     page.get_by_label("Max tokens").fill("100")
+    page.get_by_label("API key").fill("schlüssel")
+    expect(page.locator("#key-problem")).to_have_text("A key has only letters, digits and signs of ASCII.")
+    page.get_by_label("API key").fill("")
     page.reload()
     send(page)
     expect(page.locator(".usage")).to_have_count(1)
@@ -161,7 +164,7 @@ def test_settings(page, scripted):
 def test_experts_of_the_last_answer(page, scripted):
     tokens = [[[0, 1], [2, 3], [4, 63]], [[0, 1], [2, 5], [4, 6]], [[0, 9], [2, 7], [4, 8]]]
     first = [delta(content="a", routing=routing(*tokens[:2])), delta(routing=routing(tokens[2])), *says("b")]
-    second = [delta(content="c", routing=routing(tokens[0])), *end()]
+    second = [delta(content="c", routing=routing(tokens[0])), delta(routing=routing()), *end()]
     begin(page, scripted, first, second)
     send(page)
     page.get_by_text("Experts of 3 tokens").click()
@@ -301,8 +304,10 @@ def test_no_text_becomes_markup(page, scripted, complaints):
 
 def test_a_long_answer_costs_no_more_per_chunk(page, scripted):
     words = ["**bold** text, ", "and `code` ", "of a long ", "line\n", "\n", "- item\n", "plain ", "1986 ", "\n\n"]
-    texts = list(itertools.islice(itertools.cycle(words), 2000))
-    begin(page, scripted, says(*texts))
+    chunks = [delta(content=text) for text in itertools.islice(itertools.cycle(words), 2000)]
+    # Shown in a hundred frames or more.
+    steps = [step for at in range(0, 2000, 20) for step in (*chunks[at : at + 20], 0.02)]
+    begin(page, scripted, [*steps, *end()])
     page.evaluate(
         """() => {
             window.work = { nodes: 0, letters: 0, kept: null };
@@ -319,8 +324,8 @@ def test_a_long_answer_costs_no_more_per_chunk(page, scripted):
     send(page)
     expect(page.locator(".usage")).to_have_count(1)
     work = page.evaluate("({ ...work, kept: work.kept === document.querySelector('.markdown p') })")
-    text = page.evaluate("document.querySelector('.markdown').childElementCount")
-    assert text > 400 and work["kept"]
+    blocks = page.evaluate("document.querySelector('.markdown').childElementCount")
+    assert blocks > 400 and work["kept"]
     assert work["nodes"] < 4 * 2000 and work["letters"] < 4 * 2000
 
 

@@ -91,6 +91,7 @@ def test_settings_beside_and_over(page, scripted):
     page.set_viewport_size({"width": 390, "height": 844})
     expect(panel).to_be_visible()
     expect(page.locator("dialog:modal")).to_have_count(1)
+    expect(button).to_have_attribute("aria-expanded", "true")
     page.get_by_label("Seed").fill("3")
     page.keyboard.press("Escape")
     expect(panel).to_be_hidden()
