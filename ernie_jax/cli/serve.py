@@ -103,7 +103,7 @@ def _serve(values: flags.FlagValues) -> None:
     class Announced(Listener):
         async def startup(self, sockets=None) -> None:
             await super().startup(sockets)
-            say(f"serving {name} at {url}/v1")
+            say(f"serving {name} at {url}/v1, and a page to chat with it at {url}")
             say(
                 f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d "
                 f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\''

@@ -3,7 +3,7 @@
 import { make, number, plural } from "./dom.js";
 
 const LEFT = 30, BOTTOM = 18, EDGE = 3; // room for the axes and around, in CSS pixels
-const SMALLEST = 4, LARGEST = 26; // cells
+const SMALLEST = 4, LARGEST = 36; // cells
 
 export class HeatMap {
   element = make("details", { className: "experts" });
@@ -63,7 +63,7 @@ export class HeatMap {
     const rows = this.#layers.length, columns = this.#experts;
     const room = this.#canvas.parentElement.clientWidth - LEFT - 2 * EDGE;
     const width = Math.max(SMALLEST, Math.min(LARGEST, room / columns));
-    const height = Math.max(10, Math.min(Math.floor(width), 18));
+    const height = Math.max(10, Math.min(Math.floor(width), 22));
     this.#size = [width, height];
     const ratio = devicePixelRatio;
     const [wide, high] = [LEFT + Math.ceil(columns * width), rows * height + BOTTOM];
