@@ -14,7 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from ernie_jax.server.chat_page import page_routes
 from ernie_jax.server.http import Disconnected, EventStream, error_response
@@ -124,7 +124,7 @@ def playing() -> Iterator[Scripted]:
         Route("/v1/models", scripted.models),
         Route("/v1/chat/completions", scripted.chat, methods=["POST"]),
     ]
-    app = Starlette(routes=routes)
+    app = Starlette(routes=[*routes, Mount("/a/prefix", routes=routes)])
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()

@@ -239,6 +239,14 @@ def test_no_server(page, scripted):
     expect(page.locator(".error p")).to_have_text("The server answered with status 502 and no explanation.")
 
 
+def test_behind_a_prefix(page, scripted):
+    scripted.answers[:] = [says("Well.")]
+    page.goto(f"{scripted.url}/a/prefix/")
+    expect(page).to_have_title("ernie-scripted · Chat")
+    send(page)
+    expect(page.locator(".markdown")).to_have_text("Well.")
+
+
 def test_a_key_that_is_asked_for_later(page, scripted):
     begin(page, scripted, says("Well."))
     scripted.key = "sk-1"
