@@ -41,7 +41,6 @@ class StepShape:
       pages: width of the page tables.
       query: most new tokens of a row.
       decode: how many leading rows of a group have one token each, unused ones included; 0: that is not fixed.
-      routing: also return the experts of each row.
     """
 
     tokens: int
@@ -51,7 +50,6 @@ class StepShape:
     pages: int
     query: int
     decode: int = 0
-    routing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
