@@ -191,7 +191,8 @@ class Engine:
 
         Every token counts that the model computed, of prompts, answers and scored texts: not what was found in the
         cache, again what was computed again after a preemption, and also a surplus token after the end of an answer.
-        Any thread may ask; no step waits for it. Of several processes each has the counts of its own data groups.
+        Any thread may ask; no step waits for it. Of several processes each has a part, process 0 all of it unless the
+        data groups exchange tokens.
         """
         before, since = self._load
         return before + self._step.read_load(since) if self.config.moe_layers else None
@@ -450,7 +451,7 @@ class Engine:
             sampled = self._sampler.sample(out.logits, out.rows, stages, mask)
             experts = None
             if any(sequence.include_routing for _, sequence in sampling):
-                experts = self._step.gather_experts(out).addressable_data(0)
+                experts = self._step.gather_experts(out)
                 experts.copy_to_host_async()
             self._in_flight.append(_InFlight(sampling, sampled, experts, self._step.load))
         return events, True

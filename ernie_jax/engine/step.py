@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ernie_jax.engine.batching import Step, StepShape, pack, packed_sizes, unpack
+from ernie_jax.engine.batching import NO_TOKEN, Step, StepShape, pack, packed_sizes, unpack
 from ernie_jax.engine.cache import PAGE_AXES
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, record_tokens, sample, write_rows
 from ernie_jax.kernels import compiling_for
@@ -30,7 +30,7 @@ from ernie_jax.ops import (
 from ernie_jax.sharding import Layout
 
 _BATCH_AXES = ("group", None)
-_LOAD_AXES = ("group", None, None, None)
+_GROUP_AXES = ("group", None, None, None)
 
 
 class StepOutput(NamedTuple):
@@ -40,8 +40,8 @@ class StepOutput(NamedTuple):
       logits: [B, V] of each row's last token, split by vocabulary.
       rows: [2, B] for `sample`.
       following: the decode step that follows for the same sequences.
-      experts: [G or 1, L, B, k] uint8 or int16, chosen for each row's last token in each layer with experts, for
-        `DeviceStep.gather_experts`; an empty tuple of a dense model.
+      experts: [L, B, k] uint8 or int16, chosen for each row's last token in each layer with experts; where groups
+        exchange tokens [G, L, B, k], of each group for its own rows. An empty tuple of a dense model.
     """
 
     logits: jax.Array
@@ -56,8 +56,9 @@ class DeviceStep:
     The weights travel as a list of leaves because flattening a module costs more than a small step takes.
 
     Attributes:
-      load: how many tokens have chosen each expert in all steps so far, for `read_load`: [G, 2, L, E] uint32, of each
-        data group the low and the high words. An array is never changed or donated. An empty tuple of a dense model.
+      load: how many tokens have chosen each expert in all steps so far, for `read_load`: [1, 2, L, E] uint32, the low
+        and the high words; where groups exchange tokens [G, 2, L, E], of each group for its own tokens. An array is
+        never changed or donated. An empty tuple of a dense model.
     """
 
     def __init__(
@@ -96,11 +97,12 @@ class DeviceStep:
         specs = [layout.spec(variable.get_metadata("axes")) for variable in variables]
         page_spec = [layout.spec(PAGE_AXES)] * config.num_hidden_layers
         everywhere = layout.spec(())
+        self._own_axes = _GROUP_AXES if self.exchanges else ()  # of what each group knows of its own tokens only
         self.traces = 0  # how often a step was compiled: tests hold it to the number of shapes
         self._no_load = ()
         if config.moe_layers:
-            sizes = layout.groups, 2, len(config.moe_layers), config.moe_num_experts
-            self._no_load = jax.ShapeDtypeStruct(sizes, jnp.uint32, sharding=layout.sharding(_LOAD_AXES))
+            sizes = layout.groups if self.exchanges else 1, 2, len(config.moe_layers), config.moe_num_experts
+            self._no_load = jax.ShapeDtypeStruct(sizes, jnp.uint32, sharding=layout.sharding(self._own_axes))
         if not isinstance(self._leaves[0], jax.ShapeDtypeStruct):
             self.reset_load()
 
@@ -115,7 +117,8 @@ class DeviceStep:
             if layout.groups > 1:
                 window = GroupRows(packed.start[0], packed.count[0], packed.total[0], shape.group_tokens)
             sampled = last_tokens[jnp.maximum(-1 - packed.tokens, 0)]
-            tokens = jnp.where(packed.tokens < 0, sampled, packed.tokens)
+            used = packed.tokens != NO_TOKEN
+            tokens = jnp.where(used, jnp.where(packed.tokens < 0, sampled, packed.tokens), 0)
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
             out = model(
                 tokens,
@@ -129,8 +132,9 @@ class DeviceStep:
             experts = ()
             if out.routing:
                 experts = jnp.stack([routed.experts for routed in out.routing])
-                mine = experts if shard.exchanges else jax.vmap(window.take)(experts)
-                load = add_load(load, jnp.where(batch.rows[:, None] < shape.group_rows, mine, -1))
+                if shard.exchanges:
+                    used = window.take(used) & (jnp.arange(experts.shape[1]) < window.count)
+                load = add_load(load, jnp.where(used[:, None], experts, -1))
             return model, whole(out.hidden, window, shape.tokens), experts, load, out.caches
 
         def add_load(load, experts):
@@ -148,18 +152,18 @@ class DeviceStep:
                 model.logits(hidden[packed.last], self.backends),
                 jnp.stack([packed.slots, packed.indices]),
                 jnp.concatenate(packed.advance())[None],
-                of_rows(experts, packed)[None] if len(experts) else (),
+                of_rows(experts, packed) if len(experts) else (),
             )
             return (output, load), pages
 
         def of_rows(experts, packed):
-            """Return the experts of each row's last token; zeros for rows whose tokens another group has."""
+            """Return the experts of each row's last token; where they are exchanged zeros for other groups' rows."""
             experts = experts.astype(jnp.uint8 if config.moe_num_experts <= 256 else jnp.int16)
             if not shard.exchanges:
                 return experts[:, packed.last]
             place = packed.last - packed.start
             mine = (place >= 0) & (place < packed.count)
-            return jnp.where(mine[:, None], experts[:, jnp.where(mine, place, 0)], 0)
+            return jnp.where(mine[:, None], experts[:, jnp.where(mine, place, 0)], 0)[None]
 
         def score(leaves, pages, load, packed, targets, *, shape):
             packed = unpack(packed[0], shape)
@@ -211,9 +215,8 @@ class DeviceStep:
 
             return call
 
-        group, load_spec = layout.spec(_BATCH_AXES), layout.spec(_LOAD_AXES)
-        of_experts = load_spec if shard.exchanges else everywhere
-        output = StepOutput(layout.spec((None, "vocab")), everywhere, group, of_experts)
+        group, load_spec = layout.spec(_BATCH_AXES), layout.spec(self._own_axes)
+        output = StepOutput(layout.spec((None, "vocab")), everywhere, group, load_spec)
         self._forward = sharded(forward, (everywhere, group), output)
         self._score = sharded(score, (group, everywhere), everywhere)
         here = layout.sharding()
@@ -263,18 +266,22 @@ class DeviceStep:
         return logprobs, pages
 
     def gather_experts(self, out: StepOutput) -> jax.Array:
-        """Return the experts [L, B, k] of a step's rows, where every process has them."""
-        return self._gather_experts(out.experts)
+        """Return the experts [L, B, k] of a step's rows, on a device of this process."""
+        experts = self._gather_experts(out.experts) if self.exchanges else out.experts
+        return experts.addressable_data(0)
 
     def reset_load(self) -> None:
         """Count experts from nothing again."""
-        self.load = jax.tree.map(lambda x: self._layout.put(np.zeros(x.shape, x.dtype), _LOAD_AXES), self._no_load)
+        self.load = jax.tree.map(lambda x: self._layout.put(np.zeros(x.shape, x.dtype), self._own_axes), self._no_load)
 
     @staticmethod
     def read_load(load: jax.Array) -> np.ndarray:
-        """Return the counts [L, E] int64 of an earlier or the present `load`: of the data groups in this process."""
-        parts = [np.asarray(part.data, np.int64)[0] for part in load.addressable_shards if part.replica_id == 0]
-        return sum(low + (high << 32) for low, high in parts)
+        """Return the counts [L, E] int64 of an earlier or the present `load`.
+
+        Of several processes each returns a part of it: process 0 all, unless groups exchange tokens.
+        """
+        parts = [np.asarray(part.data, np.int64) for part in load.addressable_shards if part.replica_id == 0]
+        return sum((low + (high << 32) for [(low, high)] in parts), np.zeros(load.shape[2:], np.int64))
 
     def logits(self, tokens: np.ndarray) -> jax.Array:
         """Return the logits [T, V] after each token of one sequence [T], without the cache."""
