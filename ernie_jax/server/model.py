@@ -60,7 +60,7 @@ class ServedModel:
         self.context = min(llm.config.max_position_embeddings, engine.group_tokens)
         self.defaults: SamplingParams = llm.sampling_params()
         self.moe_layers = llm.config.moe_layers
-        self._experts = llm.config.moe_num_experts
+        self._experts = llm.config.moe_num_experts if self.moe_layers else 0
         self._engine = engine
         self._guidance = Guidance(llm.tokenizer, llm.config.vocab_size, engine.stop_ids)
         self._tags = tag_ids(llm.tokenizer)
@@ -69,7 +69,7 @@ class ServedModel:
     def card(self) -> dict[str, Any]:
         """Describe the model for /v1/models."""
         card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "ernie_jax"}
-        return card | {"max_model_len": self.context}
+        return card | {"max_model_len": self.context, "num_experts": self._experts}
 
     def check_name(self, name: str | None) -> None:
         """Refuse a request for another model; one that names none is for this.

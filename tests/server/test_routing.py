@@ -1,6 +1,8 @@
 """The experts of answers and of all traffic are those that the bare model chooses."""
 
 
+import time
+
 import httpx2
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,7 @@ def test_completions_tell_the_experts_that_the_model_chose(client, llm):
         assert choice.text == llm.tokenizer.decode(tokens)
         assert choice.routing == {"layers": LAYERS, "num_experts": 8, "experts": experts}
     assert joined(list(complete(client, prompt, stream=True))) == experts
+    assert client.models.retrieve(NAME).num_experts == 8
     plain = complete(client, prompt, body=None).choices[0], *(
         chunk.choices[0] for chunk in complete(client, prompt, body=None, stream=True)
     )
@@ -118,6 +121,7 @@ def test_a_dense_model_has_none(checkpoint):
     llm = LLM.random(config, "float32", tokenizer=checkpoint, cache_tokens=256, page_size=16)
     assert llm.engine.expert_load() is None
     with running(llm) as server:
+        assert server.client.models.retrieve(NAME).num_experts == 0
         bodies = {
             "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
             "/v1/completions": {"prompt": "x"},
@@ -141,6 +145,8 @@ def read_load(server):
 def test_metrics_count_all_traffic(llm):
     """Prompts once, whatever is cached, answers but for the last token, of requests that ask for nothing as well."""
     with running(llm, metrics=Metrics()) as server:
+        while llm.engine.has_work:  # what earlier tests have left in flight
+            time.sleep(0.01)
         before = read_load(server)
         prompts = [llm.tokenizer.encode(text) for text in ("Now these are the names of", "Moreover David took " * 5)]
         expected = np.zeros_like(before)
