@@ -58,6 +58,14 @@ class _InFlight(NamedTuple):
     sequences: list[tuple[int, _Sequence]]  # (row, sequence) of the rows that sampled
     out: SampleOutput
     experts: jax.Array | None
+    load: jax.Array | tuple[()]
+
+
+class _Load(NamedTuple):
+    """Counts of experts: those before the last reset, and the device's since, as of a step that is known to be done."""
+
+    before: np.ndarray | int
+    since: jax.Array | tuple[()]
 
 
 class _Following(NamedTuple):
@@ -130,6 +138,7 @@ class Engine:
         self._in_flight: deque[_InFlight] = deque()
         self._following: _Following | None = None
         self._requests = 0
+        self._load = _Load(0, self._step.load)
 
     @property
     def group_tokens(self) -> int:
@@ -177,6 +186,17 @@ class Engine:
             **dataclasses.asdict(self._scheduler.counters),
         )
 
+    def expert_load(self) -> np.ndarray | None:
+        """Return how many tokens have chosen each expert of each layer with experts, [L, E] int64; None if it has none.
+
+        Every token counts that the model computed, of prompts, answers and scored texts: not what was found in the
+        cache, again what was computed again after a preemption, and also a surplus token after the end of an answer.
+        Any thread may ask; no step waits for it. Of several processes each has a part, process 0 all of it unless the
+        data groups exchange tokens.
+        """
+        before, since = self._load
+        return before + self._step.read_load(since) if self.config.moe_layers else None
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -198,7 +218,7 @@ class Engine:
             or if the model has no experts to tell of.
         """
         self.check(prompt, params)
-        if include_routing and not self.config.is_moe:
+        if include_routing and not self.config.moe_layers:
             raise UserError("include_routing needs a model with experts, which this one has not")
         most = min(params.max_new_tokens, self.config.max_position_embeddings - len(prompt))
         request, self._requests = self._requests, self._requests + 1
@@ -232,6 +252,10 @@ class Engine:
             pool.forget()  # perhaps the failed step was to fill them
         self._in_flight.clear()
         self._following = None
+        if self.config.moe_layers:
+            load = self.expert_load()  # without the failed step
+            self._step.reset_load()
+            self._load = _Load(load, self._step.load)
         self._pages = []  # free before there are others
         self._pages = self._make_pages()
         self._sampler.reset()
@@ -294,6 +318,7 @@ class Engine:
                 for task in [part.task for part in parts if part.task.computed == part.task.target]:
                     scheduler.drop(task)
                     found = [np.asarray(array)[where] for array, where in pieces.pop(task.request)]
+                    self._load = self._load._replace(since=self._step.load)
                     yield task.request, np.concatenate(found)[:-1].tolist()
         finally:
             for task in list(scheduler.running):  # if the caller stops early
@@ -345,7 +370,6 @@ class Engine:
         params: Iterable[SamplingParams] = (),
         context: int | None = None,
         grammars: bool = False,
-        routing: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Compile ahead what steps need, by steps in which nobody takes part. The engine must be idle.
@@ -354,12 +378,9 @@ class Engine:
           params: settings to come; what any of them asks for needs no other program then.
           context: of the longest sequence to come; default: the longest that fits.
           grammars: some requests will have one.
-          routing: some requests will include it.
           progress: called with how many shapes are compiled, of how many.
         """
         shapes, params = self.shapes(context), list(params)
-        if routing:
-            shapes += [dataclasses.replace(shape, routing=True) for shape in shapes]
         self._sampler.lay_out(params)
         by_rows = {}
         for done, shape in enumerate(shapes):
@@ -367,6 +388,8 @@ class Engine:
             nothing = self._make_step([()] * self._groups, shape)
             out = self._forward(shape, self._step.place(nothing))
             by_rows[shape.rows] = out.logits, out.rows
+            if self.config.moe_layers:
+                self._step.gather_experts(out)
         self._sampler.warm_up(params, by_rows.values(), grammars)
         jax.block_until_ready((self._pages, self._sampler.last_tokens))
         progress(len(shapes), len(shapes))
@@ -427,10 +450,10 @@ class Engine:
             stages = functools.reduce(operator.or_, {sequence.stages for _, sequence in sampling})
             sampled = self._sampler.sample(out.logits, out.rows, stages, mask)
             experts = None
-            if shape.routing:
-                experts = out.experts.addressable_data(0)
+            if any(sequence.include_routing for _, sequence in sampling):
+                experts = self._step.gather_experts(out)
                 experts.copy_to_host_async()
-            self._in_flight.append(_InFlight(sampling, sampled, experts))
+            self._in_flight.append(_InFlight(sampling, sampled, experts, self._step.load))
         return events, True
 
     def _mask(self, sampling: list[tuple[int, _Sequence]], rows: int) -> np.ndarray | None:
@@ -468,8 +491,6 @@ class Engine:
             [[part.count for part in group] for group in chunks],
             max(part.start + part.count for part in parts),
         )
-        if any(part.samples and part.task.include_routing for part in parts):
-            shape = dataclasses.replace(shape, routing=True)
         return parts, self._make_step([[_run(part) for part in group] for group in groups], shape)
 
     def _make_step(self, runs: Sequence[Sequence[Run]], shape: StepShape) -> Step:
@@ -479,6 +500,7 @@ class Engine:
         """Wait for the oldest step in flight and hand out its tokens."""
         step = self._in_flight.popleft()
         out, experts = jax.tree.map(np.asarray, (step.out, step.experts))
+        self._load = self._load._replace(since=step.load)
         events = []
         for row, sequence in step.sequences:
             if sequence.finished:

@@ -194,5 +194,8 @@ class App:
 
     async def _show_metrics(self, request: Request) -> Response:
         self._metrics.set_stats(self._runner.stats)
+        load = await asyncio.to_thread(self._runner.expert_load)
+        if load is not None:
+            self._metrics.set_experts(dict(zip(self._model.moe_layers, load.tolist(), strict=True)))
         kind, body = self._metrics.render()
         return Response(body, headers={"content-type": kind})

@@ -1,7 +1,8 @@
 """Runner: the thread that owns the Engine, and the streams through which coroutines get its tokens.
 
 Coroutines put calls into the thread's inbox; it makes them between steps. After each step it hands all new tokens to
-the event loop at once. Nothing else touches the engine but `check`, which only reads what never changes.
+the event loop at once. Nothing else touches the engine but `check`, which only reads what never changes, and
+`expert_load`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Job(NamedTuple):
     prompt: Sequence[int]
     params: SamplingParams
     grammar: Grammar | None = None
+    include_routing: bool = False
 
 
 class TokenStream:
@@ -151,6 +153,10 @@ class Runner:
     def check(self, job: Job) -> None:
         """Check a sequence without queueing it; raises UserError as Engine.check."""
         self._engine.check(job.prompt, job.params)
+
+    def expert_load(self) -> np.ndarray | None:
+        """Return the engine's counts of experts, as Engine.expert_load."""
+        return self._engine.expert_load()
 
     def submit(self, jobs: Sequence[Job], priority: int = 0, timeout: float | None = None) -> TokenStream:
         """Queue the sequences of a request.
@@ -273,7 +279,13 @@ class Runner:
         try:
             for index, job in enumerate(stream.jobs):
                 grammar = _Guarded(job.grammar) if job.grammar else None
-                request = self._engine.submit(job.prompt, job.params, priority=priority, grammar=grammar)
+                request = self._engine.submit(
+                    job.prompt,
+                    job.params,
+                    priority=priority,
+                    grammar=grammar,
+                    include_routing=job.include_routing,
+                )
                 self._streams[request] = stream, index, grammar
                 self._requests[stream, index] = request
         except UserError as error:

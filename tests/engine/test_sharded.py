@@ -179,7 +179,11 @@ def test_engine_generates_and_scores_as_on_one_device(layout, tiny_config, rng):
     for prompt, experts in zip(prompts, first_experts(engine, prompts), strict=True):
         expected = reference(tiny_config, routing)(prompt)[2][:, -1]
         np.testing.assert_array_equal(experts, expected)
+    before = engine.expert_load()
     scores, single_scores = dict(engine.score(prompts)), dict(alone.score(prompts))
+    chosen = np.concatenate([reference(tiny_config, routing)(prompt)[2] for prompt in prompts], axis=1)
+    counts = [np.bincount(layer.ravel(), minlength=8) for layer in chosen]
+    np.testing.assert_array_equal(engine.expert_load() - before, counts)
     for i in range(len(prompts)):
         np.testing.assert_allclose(scores[i], single_scores[i], atol=TOLERANCE)
 
