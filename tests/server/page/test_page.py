@@ -114,6 +114,7 @@ def test_a_forced_tool_call_and_its_result(server, page):
     page.get_by_role("button", name="Close settings").click()
     send(page, "Pick one")
     expect(page.get_by_label("Call of pick").locator("pre").first).to_have_text("{}")
+    expect(page.get_by_role("button", name="Send results")).to_be_visible()  # the answer is over
     page.get_by_role("button", name="Settings", exact=True).click()
     page.locator("#tool_choice").select_option("none")
     page.locator("#max_completion_tokens").fill("4")
