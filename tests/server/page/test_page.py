@@ -77,6 +77,26 @@ def test_conversation(server, page, client):
     expect(page.locator(".usage")).to_have_count(1)
 
 
+def test_experts(server, page, client):
+    page.goto(server.url)
+    set_fields(page, temperature=0, max_completion_tokens=12)
+    asked = send(page, "In the beginning")
+    assert asked["include_routing"] is True
+    page.get_by_text("Experts of 12 tokens").click()
+    facts = page.locator(".facts")
+    expect(facts).to_contain_text("Rows are 5 layers, columns 8 experts; each token takes 2 in each layer.")
+    fields = {name: asked[name] for name in ("model", "messages", "temperature", "max_completion_tokens")}
+    answer = client.chat.completions.create(**fields, extra_body={"include_routing": True})
+    chosen = [layers[2] for layers in answer.choices[0].routing["experts"]]
+    page.locator("canvas").focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown"):
+        page.keyboard.press(key)
+    for expert in range(8):
+        count = sum(expert in experts for experts in chosen)
+        expect(page.locator(".cell")).to_contain_text(f"Layer 3, expert {expert}: {count} of 12 tokens")
+        page.keyboard.press("ArrowRight")
+
+
 @pytest.mark.parametrize("way", ["button", "key"])
 def test_stopping_frees_the_sequence(server, page, way):
     def lengthen(route):
