@@ -205,9 +205,9 @@ class DeviceStep:
         with compiling_for(self._layout.capability):
             return pads_queries(self.attention_backend, page_size)
 
-    def place(self, step: Step) -> jax.Array:
-        """Bring a step to the devices."""
-        return self._layout.put(pack(step), _BATCH_AXES)
+    def place(self, packed: np.ndarray) -> jax.Array:
+        """Bring a step, as `pack` lays it out, to the devices."""
+        return self._layout.put(packed, _BATCH_AXES)
 
     def forward(
         self, pages: list, last_tokens: jax.Array, packed: jax.Array, shape: StepShape
@@ -221,7 +221,7 @@ class DeviceStep:
 
     def score(self, pages: list, step: Step, targets: np.ndarray) -> tuple[jax.Array, list]:
         """Run a step; returns log-probabilities [T] float32 of `targets` [T], each after its token, and the pages."""
-        return self._score(self._leaves, pages, self.place(step), self._layout.put(targets), shape=step.shape)
+        return self._score(self._leaves, pages, self.place(pack(step)), self._layout.put(targets), shape=step.shape)
 
     def logits(self, tokens: np.ndarray) -> jax.Array:
         """Return the logits [T, V] after each token of one sequence [T], without the cache."""

@@ -77,6 +77,7 @@ class Server:
     runner: Runner
     listener: Listener
     loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
     log: KeptLog
     ledger: Ledger
     metrics: Metrics
@@ -103,7 +104,7 @@ def running(llm: LLM, drain_seconds: float = 5.0, max_waiting: int = 64, **optio
         listener = Listener(app, runner, drain_seconds)
         socket = bind("127.0.0.1", 0)
         url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-        found.append(Server(url, runner, listener, asyncio.get_running_loop(), log, ledger, metrics))
+        found.append(Server(url, runner, listener, asyncio.get_running_loop(), thread, log, ledger, metrics))
         task = asyncio.create_task(listener.serve([socket]))
         while not listener.started and not task.done():
             await asyncio.sleep(0.01)
