@@ -96,19 +96,18 @@ def is_held_out(document: str) -> bool:
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % HELD_OUT == 0
 
 
-def train_tokenizer(english: list[str], characters: set[str]) -> bytes:
-    """Return a SentencePiece BPE model: merges from the English text, each Chinese character a piece of its own.
+def train_tokenizer(lines: list[str], characters: str, pieces: int) -> bytes:
+    """Return a SentencePiece BPE model: merges from the lines, each of the characters a piece of its own.
 
     Text passes unchanged (identity normaliser, no prefix space); what has no piece, newlines too, becomes bytes.
     """
-    characters = sorted((characters | set(PUNCTUATION)) - {" ", "\n"})
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for chapter in english for line in chapter.split("\n") if line]),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
-        vocab_size=PIECES,
-        required_chars="".join(characters) + ASCII,
+        vocab_size=pieces,
+        required_chars=characters,
         character_coverage=1.0,
         byte_fallback=True,
         split_digits=True,
@@ -123,8 +122,8 @@ def train_tokenizer(english: list[str], characters: set[str]) -> bytes:
     return model.getvalue()
 
 
-def write_tokenizer(model: bytes, directory: pathlib.Path) -> None:
-    """Write the tokenizer in the files of a Hugging Face ERNIE 4.5 repository."""
+def write_tokenizer(model: bytes, added: list[str], directory: pathlib.Path) -> None:
+    """Write the tokenizer in the files of a Hugging Face ERNIE 4.5 repository; added tokens follow the model's."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(model)
     named = {
@@ -144,7 +143,8 @@ def write_tokenizer(model: bytes, directory: pathlib.Path) -> None:
         "model_max_length": 4096,
         "tokenizer_class": "LlamaTokenizer",
     }
-    write_json(directory / "added_tokens.json", {token: PIECES + i for i, token in enumerate(ADDED)})
+    size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
+    write_json(directory / "added_tokens.json", {token: size + i for i, token in enumerate(added)})
     write_json(directory / "special_tokens_map.json", named | {"additional_special_tokens": list(more.values())})
     write_json(directory / "tokenizer_config.json", settings | named | more)
 
@@ -167,8 +167,10 @@ def main() -> None:
         for language, documents in languages.items()
         for split in ("train", "heldout")
     }
-    model = train_tokenizer(splits["english", "train"], characters)
-    write_tokenizer(model, flags.model)
+    lines = [line for chapter in splits["english", "train"] for line in chapter.split("\n") if line]
+    chinese = sorted((characters | set(PUNCTUATION)) - {" ", "\n"})
+    model = train_tokenizer(lines, "".join(chinese) + ASCII, PIECES)
+    write_tokenizer(model, ADDED, flags.model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     flags.data.mkdir(parents=True, exist_ok=True)
     for (language, split), documents in splits.items():

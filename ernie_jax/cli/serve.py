@@ -75,12 +75,14 @@ def _serve(values: flags.FlagValues) -> None:
     from ernie_jax.server.hooks import FileLedger
     from ernie_jax.server.keys import Keys
     from ernie_jax.server.ledger import Ledger
-    from ernie_jax.server.listen import Listener, bind
+    from ernie_jax.server.listen import Listener, bind, check_certificate
     from ernie_jax.server.logs import Log
     from ernie_jax.server.metrics import Metrics
     from ernie_jax.server.model import ServedModel
     from ernie_jax.server.runner import Runner
 
+    if values.tls_cert:
+        check_certificate(values.tls_cert, values.tls_key)
     keys = Keys.load(values.api_keys)
     ledger = Ledger(values.ledger) if values.ledger else None
     access = Access(keys, values.requests_per_minute, values.tokens_per_minute, ledger)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -109,3 +110,18 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(f"--host={host} --port={port}: {error.strerror or error}") from None
     return listener
+
+
+def check_certificate(certificate: str, key: str) -> None:
+    """Check that two PEM files are a certificate, perhaps with its chain, and its key.
+
+    Raises:
+      UserError: if they are not, or the key asks for a password.
+    """
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except OSError as error:  # ssl.SSLError among them
+        reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else error.strerror or error
+        raise UserError(
+            f"--tls_cert={certificate} --tls_key={key}: not a PEM certificate and its key without a password ({reason})"
+        ) from None

@@ -12,9 +12,11 @@ tags where the format has none is content all the same, on a line of its own.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ernie_jax.text import tool_calls
 from ernie_jax.text.chat import ChatTemplate
@@ -88,6 +90,28 @@ class AnswerFormat:
             response_tags=template.mentions(RESPONSE_OPEN),
             tool_calls=template.mentions(tool_calls.OPEN),
         )
+
+
+def write_answer(form: AnswerFormat, message: Mapping[str, Any]) -> str:
+    """Return what a model says to give an assistant's message: that which AnswerParser takes apart.
+
+    Args:
+      message: OpenAI's, with `reasoning_content`, `content` and `tool_calls`, each of which may be missing. A call's
+        arguments are JSON text or the object itself.
+    """
+    parts = []
+    if form.thinking:
+        parts.append(f"{message.get('reasoning_content') or ''}\n{THINK_CLOSE}\n")
+    if content := message.get("content"):
+        parts.append(f"\n{RESPONSE_OPEN}\n{content}\n{RESPONSE_CLOSE}\n" if form.response_tags else content)
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        name, arguments = json.dumps(function["name"], ensure_ascii=False), function["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        text = f'{{"name": {name}, "arguments": {arguments}}}'
+        parts.append(f"\n\n{tool_calls.OPEN}\n{text}\n{tool_calls.CLOSE}\n")
+    return "".join(parts)
 
 
 def tag_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -25,9 +25,18 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
     return jnp.sum(losses, where=counted), jnp.sum(counted)
 
 
-def expert_usage(experts: jax.Array, count: int) -> jax.Array:
-    """Count how many choices, of [T, k] int32, fell on each of `count` experts: [E] int32."""
-    return jnp.sum(experts.reshape(-1, 1) == jnp.arange(count), axis=0, dtype=jnp.int32)
+def expert_usage(experts: jax.Array, count: int, real: jax.Array) -> jax.Array:
+    """Count how many choices of real tokens fell on each of `count` experts.
+
+    Args:
+      experts: [T, k] int32.
+      real: [T] bool, false for padding.
+
+    Returns:
+      [E] int32.
+    """
+    chosen = (experts[..., None] == jnp.arange(count)) & real[:, None, None]
+    return jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
 
 
 def balanced_bias(bias: jax.Array, usage: jax.Array, rate: float) -> jax.Array:

@@ -20,7 +20,8 @@ class Recipe:
 
     Attributes:
       model: directory with config.json and the tokenizer's files; they are copied into the result.
-      data: directory with SOURCE.train.npy and SOURCE.heldout.npy: token ids, each document closed by the end token.
+      data: directory with SOURCE.train.npy and SOURCE.heldout.npy: token ids, each document closed by the end token,
+        and perhaps with SOURCE.train.learnt.npy and SOURCE.heldout.learnt.npy: which of them are to be predicted.
       sources: name -> how often an epoch shows its documents.
       output: directory of the run: state/ to resume from, metrics.csv, curve.svg, and at the end checkpoint/.
       batch_size: rows of `sequence_length` tokens in a step.

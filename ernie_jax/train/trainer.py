@@ -112,7 +112,8 @@ class Trainer:
             return packed_attention(q, k, v, batch.segments), cache
 
         out = model(batch.tokens, batch.positions, attend, backends=Backends(self._recipe.expert_backend))
-        usages = [expert_usage(routing.experts, self._config.moe_num_experts) for routing in out.routing]
+        real = batch.segments.reshape(-1) >= 0
+        usages = [expert_usage(routing.experts, self._config.moe_num_experts, real) for routing in out.routing]
         loss, count = cross_entropy(model.logits(out.hidden), batch.targets)
         return loss, (count, dict(zip(self._biases, usages, strict=True)))
 

@@ -92,8 +92,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(llm: LLM, drain_seconds: float = 5.0, max_waiting: int = 64, **options) -> Iterator[Server]:
-    """Run a server over a model."""
+def running(
+    llm: LLM,
+    drain_seconds: float = 5.0,
+    max_waiting: int = 64,
+    host: str = "127.0.0.1",
+    tls: tuple[str, str] | None = None,
+    **options,
+) -> Iterator[Server]:
+    """Run a server over a model; tls is the files of a certificate and its key."""
     log, ledger, metrics = KeptLog(), Ledger(), Metrics()
     started = threading.Event()
     found = []
@@ -101,9 +108,11 @@ def running(llm: LLM, drain_seconds: float = 5.0, max_waiting: int = 64, **optio
     async def serve():
         runner = Runner(llm.engine, max_waiting)
         app = App(ServedModel(llm, NAME), runner, **{"log": log, "ledger": ledger, "metrics": metrics} | options)
-        listener = Listener(app, runner, drain_seconds)
-        socket = bind("127.0.0.1", 0)
-        url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+        certificate, key = tls or (None, None)
+        listener = Listener(app, runner, drain_seconds, certificate=certificate, key=key)
+        socket = bind(host, 0)
+        address = f"[{host}]" if ":" in host else host
+        url = f"http{'s' if tls else ''}://{address}:{socket.getsockname()[1]}"
         found.append(Server(url, runner, listener, asyncio.get_running_loop(), thread, log, ledger, metrics))
         task = asyncio.create_task(listener.serve([socket]))
         while not listener.started and not task.done():

@@ -14,6 +14,7 @@ from ernie_jax.text.answer import (
     ToolCallArguments,
     ToolCallStart,
     tag_ids,
+    write_answer,
 )
 
 THINKING = AnswerFormat(thinking=True, response_tags=True, tool_calls=True)
@@ -309,3 +310,25 @@ def test_detokenizer_keeps_tags(tokenizer):
     assert "<|im_end|>" not in tokenizer.decode(ids)
     stream = IncrementalDetokenizer(tokenizer, keep=keep)
     assert "".join(map(stream.push, ids)) + stream.flush() == "a</think><|im_end|>"
+
+
+@pytest.mark.parametrize("form", [THINKING, PLAIN_TOOLS])
+@pytest.mark.parametrize("content", ["It is sunny.", None])
+@pytest.mark.parametrize("calls", [[], [("get_w", '{"city": "北京"}'), ('say "it"', "{}")]])
+def test_what_is_written_is_parsed_back(form, content, calls):
+    thoughts = "Two steps.\nThen one." if form.thinking else None
+    tool_calls = [{"type": "function", "function": {"name": name, "arguments": text}} for name, text in calls]
+    message = {"role": "assistant", "reasoning_content": thoughts, "content": content, "tool_calls": tool_calls}
+    assert parse(form, write_answer(form, message)) == (thoughts, content, calls)
+    for tool_call in tool_calls:
+        tool_call["function"]["arguments"] = json.loads(tool_call["function"]["arguments"])
+    assert parse(form, write_answer(form, message)) == (thoughts, content, calls)
+
+
+def test_an_answer_is_written_in_the_thinking_models_form():
+    message = {"reasoning_content": "R", "content": "A", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    assert write_answer(THINKING, message) == (
+        "R\n</think>\n\n<response>\nA\n</response>\n"
+        '\n\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n'
+    )
+    assert write_answer(PLAIN, {"content": "A"}) == "A"
