@@ -15,7 +15,7 @@ from ernie_jax.cli.command import Command, UsageError
 from ernie_jax.distributed import is_primary, say
 from ernie_jax.errors import UserError
 
-_LAST_SECONDS = 10  # for answers to end and the ledger to be written, when another process has ended
+_LAST_SECONDS = 8  # for answers to end and the ledger to be written, when another process has ended
 
 
 def _define(values: flags.FlagValues) -> None:
