@@ -173,7 +173,8 @@ def _warm_up(llm) -> None:
 SERVE = Command(
     "serve",
     "Serve a model over HTTP, as OpenAI's API: chat, completions and responses, streamed or whole. Many requests share "
-    "one engine. SIGTERM ends it once the answers in the making are complete. docs/serving.md tells more.",
+    "one engine. SIGTERM ends it once the answers in the making are complete. Several processes run one model on the "
+    "devices of all, and process 0 listens. docs/serving.md tells more.",
     (
         "main.py serve --model=checkpoints/21b --port=8000",
         "main.py serve --model=baidu/ERNIE-4.5-0.3B-PT --host=0.0.0.0 --tls_cert=chain.pem --tls_key=key.pem",
