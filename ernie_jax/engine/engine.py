@@ -7,6 +7,7 @@ are dropped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -20,8 +21,10 @@ import jax
 import numpy as np
 
 from ernie_jax import distributed
-from ernie_jax.engine import cache
-from ernie_jax.engine.batching import NO_SLOT, Run, Step, StepShape, build_step
+from ernie_jax.channel import Receiver, Sender
+from ernie_jax.engine import cache, together
+from ernie_jax.engine.batching import NO_SLOT, Run, Step, StepShape, build_step, pack
+from ernie_jax.engine.devices import Devices
 from ernie_jax.engine.events import FinishReason, Grammar, Progress, Stats, TokenEvent
 from ernie_jax.engine.options import EngineOptions
 from ernie_jax.engine.pages import PagePool
@@ -29,7 +32,7 @@ from ernie_jax.engine.sampler import Sampler, Settings, Stages
 from ernie_jax.engine.sampling import SampleOutput, SamplingParams
 from ernie_jax.engine.scheduler import PREFILL_ROWS, Part, Plan, Scheduler, Task
 from ernie_jax.engine.shapes import Shapes
-from ernie_jax.engine.step import DeviceStep, StepOutput
+from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
 from ernie_jax.sharding import PRESETS, Layout
@@ -74,14 +77,14 @@ class _Following(NamedTuple):
     tasks: list[Task]
     changes: int
     shape: StepShape
-    packed: jax.Array
 
 
 class Engine:
     """Generate for many requests at once over one paged cache.
 
-    Requests join and leave between steps. It knows no clock: whoever sets a deadline calls `cancel` when it has passed,
-    and where several processes run the same engine, at the same step in all of them.
+    Requests join and leave between steps. It knows no clock: whoever sets a deadline calls `cancel` when it has passed.
+    Where several processes run the same engine either all of them make the same calls between the same steps, or one
+    leads and the others follow.
 
     Raises:
       UserError: if the options do not suit the model or the device.
@@ -117,8 +120,6 @@ class Engine:
             tokens = -(-options.cache_tokens // self._groups)
         self._group_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
         sizes = self.config, self.dtype, self._group_pages, options.page_size
-        self._make_pages = functools.partial(cache.make_pages, *sizes, layout)
-        self._pages = self._make_pages()
         self._pools = [PagePool(self._group_pages - 1) for _ in range(self._groups)]
         self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
         self._step = DeviceStep(model, layout, **options.backends)
@@ -132,13 +133,14 @@ class Engine:
             pads=self._step.pads_queries(options.page_size),
             splits=self._step.attention_backend != "rpa",
         )
-        self._sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
+        sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
+        self._devices = Devices(self._step, sampler, functools.partial(cache.make_pages, *sizes, layout))
         self._seeds = random.Random(distributed.broadcast(secrets.randbits(63)))
         self._sequences: dict[int, _Sequence] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._following: _Following | None = None
         self._requests = 0
-        self._load = _Load(0, self._step.load)
+        self._load = _Load(0, self._devices.load)
 
     @property
     def group_tokens(self) -> int:
@@ -252,14 +254,29 @@ class Engine:
             pool.forget()  # perhaps the failed step was to fill them
         self._in_flight.clear()
         self._following = None
-        if self.config.moe_layers:
-            load = self.expert_load()  # without the failed step
-            self._step.reset_load()
-            self._load = _Load(load, self._step.load)
-        self._pages = []  # free before there are others
-        self._pages = self._make_pages()
-        self._sampler.reset()
+        load = self.expert_load()  # without the failed step
+        self._devices.reset()
+        if load is not None:
+            self._load = _Load(load, self._devices.load)
         return dropped
+
+    @contextlib.contextmanager
+    def lead(self, sender: Sender) -> Iterator[None]:
+        """Have the same engine in other processes, which call `follow`, do on its devices what this one does.
+
+        It must be idle at the beginning and is not to be used after the end.
+        """
+        self._devices = together.LeadingDevices(self._devices, sender)
+        yield
+        self._devices.end()
+
+    def follow(self, receiver: Receiver) -> None:
+        """Do what the engine that leads does on the devices, until it ends.
+
+        Raises:
+          ConnectionError: if its process goes without a word.
+        """
+        together.follow(self._devices, receiver)
 
     def progress(self, request: int) -> Progress | None:
         """Tell how far the prompt of a request is computed, as far as dispatched; None if it has finished."""
@@ -287,7 +304,7 @@ class Engine:
         self.check_tokens(tokens)
         padded = np.zeros(-(-len(tokens) // 128) * 128, np.int32)  # few compiled lengths
         padded[: len(tokens)] = tokens
-        return np.asarray(self._step.logits(padded)[: len(tokens)], np.float32)
+        return np.asarray(self._devices.logits(padded)[: len(tokens)], np.float32)
 
     def score(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[float]]]:
         """Yield (index, log-probabilities of tokens 1, 2, ... each given those before) of each prompt as it is done.
@@ -312,13 +329,13 @@ class Engine:
                 for part, place in zip(parts, places, strict=True):
                     after = part.task.prompt[part.start + 1 :][: part.count]
                     targets[place.start : place.start + len(after)] = after
-                logprobs, self._pages = self._step.score(self._pages, step, targets)
+                logprobs, self._devices.pages = self._step.score(self._devices.pages, step, targets)
                 for part, place in zip(parts, places, strict=True):
                     pieces[part.task.request].append((logprobs, place))
                 for task in [part.task for part in parts if part.task.computed == part.task.target]:
                     scheduler.drop(task)
                     found = [np.asarray(array)[where] for array, where in pieces.pop(task.request)]
-                    self._load = self._load._replace(since=self._step.load)
+                    self._load = self._load._replace(since=self._devices.load)
                     yield task.request, np.concatenate(found)[:-1].tolist()
         finally:
             for task in list(scheduler.running):  # if the caller stops early
@@ -381,17 +398,17 @@ class Engine:
           progress: called with how many shapes are compiled, of how many.
         """
         shapes, params = self.shapes(context), list(params)
-        self._sampler.lay_out(params)
+        self._devices.lay_out(params)
         by_rows = {}
         for done, shape in enumerate(shapes):
             progress(done, len(shapes))
             nothing = self._make_step([()] * self._groups, shape)
-            out = self._forward(shape, self._step.place(nothing))
+            out = self._devices.forward(shape, pack(nothing))
             by_rows[shape.rows] = out.logits, out.rows
             if self.config.moe_layers:
-                self._step.gather_experts(out)
-        self._sampler.warm_up(params, by_rows.values(), grammars)
-        jax.block_until_ready((self._pages, self._sampler.last_tokens))
+                self._devices.experts()
+        self._devices.sampler.warm_up(params, by_rows.values(), grammars)
+        self._devices.settle()
         progress(len(shapes), len(shapes))
 
     def _make_scheduler(self, slots: int, prefix_caching: bool) -> Scheduler:
@@ -411,13 +428,13 @@ class Engine:
         if not admitted:
             return events
         running = self._scheduler.running
-        if not self._sampler.covers(sequence.params for sequence in admitted):
+        if not self._devices.sampler.covers(sequence.params for sequence in admitted):
             # Other sampler arrays are needed: read the tokens in flight, then lay out every row anew.
             while self._in_flight:
                 events += self._collect()
-            self._sampler.lay_out(sequence.params for sequence in running)
+            self._devices.lay_out(sequence.params for sequence in running)
             admitted = running
-        self._sampler.set([sequence.settings for sequence in admitted])
+        self._devices.set([sequence.settings for sequence in admitted])
         return events
 
     def _dispatch(self, plan: Plan) -> tuple[list[TokenEvent], bool]:
@@ -432,13 +449,15 @@ class Engine:
             and all(part.start < following.shape.pages * self.options.page_size for part in plan.decode)
         ):
             # Sending a step to several GPUs takes longer than a small one runs.
-            parts, shape, packed = plan.decode, following.shape, following.packed
+            parts, shape, packed = plan.decode, following.shape, None
         else:
             parts, step = self._build(plan)
             if not parts:
                 return [], False
-            shape, packed = step.shape, self._step.place(step)
-        out = self._forward(shape, packed, None if plan.chunks else tasks)
+            shape, packed = step.shape, pack(step)
+        self._devices.forward(shape, packed)
+        if not plan.chunks:
+            self._following = _Following(tasks, self._scheduler.changes, shape)
         events, sampling = [], [(row, part.task) for row, part in enumerate(parts) if part.samples]
         if sampling:
             mask = None
@@ -448,12 +467,12 @@ class Engine:
                     events += self._collect()
                 mask = self._mask(sampling, shape.rows)
             stages = functools.reduce(operator.or_, {sequence.stages for _, sequence in sampling})
-            sampled = self._sampler.sample(out.logits, out.rows, stages, mask)
+            sampled = self._devices.sample(stages, mask)
             experts = None
             if any(sequence.include_routing for _, sequence in sampling):
-                experts = self._step.gather_experts(out)
+                experts = self._devices.experts()
                 experts.copy_to_host_async()
-            self._in_flight.append(_InFlight(sampling, sampled, experts, self._step.load))
+            self._in_flight.append(_InFlight(sampling, sampled, experts, self._devices.load))
         return events, True
 
     def _mask(self, sampling: list[tuple[int, _Sequence]], rows: int) -> np.ndarray | None:
@@ -462,20 +481,13 @@ class Engine:
         for row, sequence in sampling:
             if sequence.grammar is None or sequence.finished or sequence.grammar.free:
                 continue
-            mask = self._sampler.empty_mask(rows) if mask is None else mask
+            mask = self._devices.sampler.empty_mask(rows) if mask is None else mask
             try:
                 sequence.grammar.mask(mask[row])
             except UserError as error:
                 sequence.problem = str(error)
                 mask[row] = -1
         return mask
-
-    def _forward(self, shape: StepShape, packed: jax.Array, decoding: list[Task] | None = None) -> StepOutput:
-        """Run a step, and keep what follows if it is one of decoding tasks alone."""
-        out, self._pages = self._step.forward(self._pages, self._sampler.last_tokens, packed, shape)
-        if decoding is not None:
-            self._following = _Following(decoding, self._scheduler.changes, shape, out.following)
-        return out
 
     def _build(self, plan: Plan) -> tuple[list[Part], Step | None]:
         """Lay out a step; returns its parts in the order of its rows, and the step unless it is empty."""

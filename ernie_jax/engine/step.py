@@ -244,9 +244,9 @@ class DeviceStep:
         with compiling_for(self._layout.capability):
             return pads_queries(self.attention_backend, page_size)
 
-    def place(self, step: Step) -> jax.Array:
-        """Bring a step to the devices."""
-        return self._layout.put(pack(step), _BATCH_AXES)
+    def place(self, packed: np.ndarray) -> jax.Array:
+        """Bring a step, as `pack` lays it out, to the devices."""
+        return self._layout.put(packed, _BATCH_AXES)
 
     def forward(
         self, pages: list, last_tokens: jax.Array, packed: jax.Array, shape: StepShape
@@ -261,13 +261,13 @@ class DeviceStep:
 
     def score(self, pages: list, step: Step, targets: np.ndarray) -> tuple[jax.Array, list]:
         """Run a step; returns log-probabilities [T] float32 of `targets` [T], each after its token, and the pages."""
-        placed = self.place(step), self._layout.put(targets)
+        placed = self.place(pack(step)), self._layout.put(targets)
         (logprobs, self.load), pages = self._score(self._leaves, pages, self.load, *placed, shape=step.shape)
         return logprobs, pages
 
-    def gather_experts(self, out: StepOutput) -> jax.Array:
-        """Return the experts [L, B, k] of a step's rows, on a device of this process."""
-        experts = self._gather_experts(out.experts) if self.exchanges else out.experts
+    def gather_experts(self, experts: jax.Array) -> jax.Array:
+        """Return the experts [L, B, k] of a step's rows, of its StepOutput, on a device of this process."""
+        experts = self._gather_experts(experts) if self.exchanges else experts
         return experts.addressable_data(0)
 
     def reset_load(self) -> None:

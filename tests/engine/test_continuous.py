@@ -208,7 +208,7 @@ def test_steps_of_unchanged_sequences_follow_on_the_device(tiny_model, rng, monk
     options = dataclasses.replace(AMPLE, prefix_caching=True)
     engine = Engine(tiny_model, single(), options, valid_vocab=300)
     sent, place = [], engine._step.place
-    monkeypatch.setattr(engine._step, "place", lambda step: sent.append(step) or place(step))
+    monkeypatch.setattr(engine._step, "place", lambda packed: sent.append(packed) or place(packed))
     params = SamplingParams(max_new_tokens=200, temperature=0.0, ignore_eos=True)
     for length in (10, 20, 30):
         engine.submit(rng.integers(3, 300, length).tolist(), params)

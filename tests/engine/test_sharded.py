@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
-from ernie_jax.engine.batching import Run, StepShape, build_step
+from ernie_jax.engine.batching import Run, StepShape, build_step, pack
 from ernie_jax.engine.cache import make_pages
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
@@ -128,7 +128,7 @@ def test_prefill_mixed_and_decode_steps(layout, routing, decode, tiny_config, rn
         shape = StepShape(tokens, 8, tokens, 8, 4, query, decode)
         batch = build_step(runs, shape, page_size=PAGE, scratch_page=31)
         last_tokens = layout.put(np.zeros(1, np.int32))
-        (logits, *_), pages = step.forward(pages, last_tokens, step.place(batch), shape)
+        (logits, *_), pages = step.forward(pages, last_tokens, step.place(pack(batch)), shape)
         rows = [i for members in by_group for i in members]
         for row, i in zip(np.asarray(logits), rows, strict=False):
             done[i] += chunks[i][round]
