@@ -130,6 +130,11 @@ class ModelConfig:
             and self.moe_layer_start_index <= index <= self.moe_layer_end_index
         )
 
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The decoder layers that route tokens to experts."""
+        return tuple(filter(self.is_moe_layer, range(self.num_hidden_layers)))
+
     @classmethod
     def from_hf(cls, fields: dict, source: str = "config.json") -> ModelConfig:
         """Build a ModelConfig from the fields of a Hugging Face config.json.

@@ -17,11 +17,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ernie_jax import team
 from ernie_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ernie_jax.channel import Receiver, Sender
 
 _JAX_SECONDS = 60  # for jax.distributed, which starts when all are known to be there
 _NEWS_SECONDS = 3.0
@@ -179,6 +182,21 @@ def take_reports(wait: bool = False) -> list[Any]:
     while not _team.reports.empty():
         taken.append(_team.reports.get())
     return taken
+
+
+def open_channel() -> Sender | Receiver:
+    """Open process 0's end of a channel to all others, or another process's end; all of several must call it.
+
+    Raises:
+      UserError: if a process can't reach process 0.
+    """
+    return _team.open_channel()
+
+
+def before_fall(function: Callable[[], None]) -> None:
+    """Have a function called, in a thread of its own, before another process's end ends this one."""
+    if _team:
+        _team.before_fall = function
 
 
 def agree(facts: Mapping[str, Any]) -> None:

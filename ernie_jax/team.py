@@ -20,9 +20,13 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ernie_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ernie_jax.channel import Receiver, Sender
 
 ROLL_CALL_SECONDS = 25.0
 BEAT_SECONDS = 2.0
@@ -39,6 +43,7 @@ class Team:
         """Watch the connections: of process 0 to processes 1, 2, ... in this order, of another one to process 0."""
         self.index, self.count = index, count
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()  # process 0: of the others
+        self.before_fall: Callable[[], None] = lambda: None  # called before another's end ends this process
         self._connections = connections
         self._last_word = threading.Lock()  # taken once: by the thread that ends the process
         threading.Thread(target=self._watch, name="team", daemon=True).start()
@@ -67,6 +72,24 @@ class Team:
         """Send a value (JSON) to process 0 and go on."""
         self._connections[0].send({"report": value})
 
+    def open_channel(self) -> Sender | Receiver:
+        """Open process 0's end of a channel to all others, or another process's end; all must call it.
+
+        Raises:
+          UserError: if a process can't reach process 0.
+        """
+        from ernie_jax import channel  # imports NumPy
+
+        sockets = [connection.socket for connection in self._connections]
+        if self.index:
+            token, *ports = self.exchange("channel", None)[0]
+            return channel.connect(sockets[0], ports[self.index - 1], token)
+        with contextlib.ExitStack() as stack:
+            listeners = [stack.enter_context(channel.listen(near)) for near in sockets]
+            token = channel.make_token()
+            self.exchange("channel", [token, *(listener.getsockname()[1] for listener in listeners)])
+            return channel.accept(listeners, token)
+
     def end(self) -> None:
         """Wait until every process has come to its end; from here on each may go."""
         self.exchange(_END, None)
@@ -87,6 +110,7 @@ class Team:
 
     def _fall(self, reason: str, code: int) -> NoReturn:
         """End this process for what another one has done; process 0 passes it on."""
+        self.before_fall()
         self._leave(f"\n{prefix(self.index)}error: {reason}", reason, code)  # a progress bar may stand in the line
 
     def _watch(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from ernie_jax.engine import Engine, SamplingParams
@@ -61,7 +60,7 @@ def start_decoding(engine: Engine, prompts: Sequence[Sequence[int]], new: int) -
 
 def settle(engine: Engine) -> None:
     """Wait until the devices have done all that was dispatched."""
-    jax.block_until_ready((engine._pages, engine._sampler.last_tokens))
+    engine._devices.settle()
 
 
 def needed_tokens(engine: Engine, prompt: int, new: int) -> int:

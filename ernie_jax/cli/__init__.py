@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": ("plan", "say what fits a TPU slice or GPU host, and how fast it can be there"),
     "generate": ("generate", "continue a prompt, or a file of prompts"),
     "score": ("score", "log-probabilities of given texts, and their perplexity"),
+    "experts": ("experts", "how often each expert is chosen over given texts, also as a picture"),
     "chat": ("chat", "talk with a model"),
     "serve": ("serve", "serve a model over HTTP, as OpenAI's API"),
     "bench": ("bench", "measure decoding and prefill here against what the machine allows"),

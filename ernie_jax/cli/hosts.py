@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+import signal
 import socket
 import sys
+import types
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -49,6 +53,33 @@ def join(values: flags.FlagValues, devices: bool = True) -> None:
         names = list(dict.fromkeys(distributed.gather(socket.gethostname())))
         more = ", ..." if len(names) > _NAMED else ""
         distributed.say(f"{distributed.process_count()} processes on {', '.join(names[:_NAMED])}{more}")
+
+
+@contextlib.contextmanager
+def leading(engine) -> Iterator[None]:
+    """Have the engines of the other processes, if there are any, follow this one's."""
+    if distributed.process_count() == 1:
+        yield
+        return
+    with engine.lead(distributed.open_channel()):
+        yield
+
+
+def follow(engine) -> None:
+    """Do what process 0's engine does, until it ends. The first signal to end is passed on to it, as a report."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def pass_on(number: int, frame: types.FrameType | None) -> None:
+        for every in signals:
+            signal.signal(every, signal.SIG_IGN)
+        distributed.report("end")
+
+    receiver = distributed.open_channel()
+    for number in signals:
+        signal.signal(number, pass_on)
+    engine.follow(receiver)
+    for number in signals:  # the end has come
+        signal.signal(number, signal.SIG_IGN)
 
 
 def refuse_several(command: str) -> None:

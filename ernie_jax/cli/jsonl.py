@@ -22,10 +22,19 @@ def read_objects(path: str) -> list[dict[str, Any] | UserError]:
     Raises:
       UserError: if the file cannot be read.
     """
-    lines = distributed.broadcast(_read(path) if distributed.is_primary() else None).split("\n")
+    lines = read_text(path).split("\n")
     if lines[-1] == "":
         lines.pop()
     return [_parse(number, line) for number, line in enumerate(lines, 1)]
+
+
+def read_text(path: str) -> str:
+    """Read a text file.
+
+    Raises:
+      UserError: if the file cannot be read.
+    """
+    return distributed.broadcast(_read(path) if distributed.is_primary() else None)
 
 
 def _read(path: str) -> str:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pathlib
+import threading
 
 from absl import flags
 
+from ernie_jax import distributed
 from ernie_jax.cli import hosts, models
 from ernie_jax.cli.command import Command, UsageError
-from ernie_jax.distributed import say
+from ernie_jax.distributed import is_primary, say
 from ernie_jax.errors import UserError
+
+_LAST_SECONDS = 8  # for answers to end and the ledger to be written, when another process has ended
 
 
 def _define(values: flags.FlagValues) -> None:
     models.define_model_flags(values)
+    hosts.define_flags(values)
     flags.DEFINE_string(
         "tokenizer",
         None,
@@ -57,10 +63,13 @@ def _define(values: flags.FlagValues) -> None:
 def _serve(values: flags.FlagValues) -> None:
     if (values.tls_cert is None) != (values.tls_key is None):
         raise UsageError("--tls_cert and --tls_key go together")
+    hosts.join(values)
+    if not is_primary():
+        hosts.follow(_load(values).engine)
+        return
     for path in filter(None, (values.tls_cert, values.tls_key)):
         if not pathlib.Path(path).is_file():
             raise UserError(f"{path}: no such file")
-    hosts.refuse_several("serve")
     from ernie_jax.server.access import Access
     from ernie_jax.server.app import App
     from ernie_jax.server.hooks import FileLedger
@@ -79,11 +88,9 @@ def _serve(values: flags.FlagValues) -> None:
     access = Access(keys, values.requests_per_minute, values.tokens_per_minute, ledger)
     # Taken before minutes of loading, so that a port in use is told at once; nobody is heard until the model is ready.
     listener = bind(values.host, values.port)
-    llm = models.load(values, prefix_caching=values.prefix_caching)
+    llm = _load(values)
     name = values.name or values.model.rstrip("/").rpartition("/")[2]
     model = ServedModel(llm, name)
-    if values.warm_up:
-        _warm_up(llm)
     runner = Runner(llm.engine, values.max_waiting)
     app = App(
         model,
@@ -100,10 +107,20 @@ def _serve(values: flags.FlagValues) -> None:
     host, port = listener.getsockname()[:2]
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
+    ended = threading.Event()
+
     class Announced(Listener):
         async def startup(self, sockets=None) -> None:
             await super().startup(sockets)
-            say(f"serving {name} at {url}/v1")
+            loop = asyncio.get_running_loop()
+
+            def abandon() -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(self.abandon)
+                ended.wait(_LAST_SECONDS)
+
+            distributed.before_fall(abandon)
+            say(f"serving {name} at {url}/v1, and a page to chat with it at {url}")
             say(
                 f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d "
                 f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\''
@@ -111,10 +128,24 @@ def _serve(values: flags.FlagValues) -> None:
 
     server = Announced(app, runner, values.drain_seconds, say, values.tls_cert, values.tls_key)
     try:
-        asyncio.run(server.serve([listener]), loop_factory=server.config.get_loop_factory())
+        with hosts.leading(llm.engine):
+            asyncio.run(server.serve([listener]), loop_factory=server.config.get_loop_factory())
+            if runner.failure:
+                raise runner.failure
+            if server.force_exit and distributed.process_count() > 1:
+                raise KeyboardInterrupt  # in the midst of a step
     finally:
         if ledger:
             ledger.close()
+        ended.set()
+
+
+def _load(values: flags.FlagValues):
+    """Load the model and, unless told otherwise, warm it up: what all processes do alike. Returns an LLM."""
+    llm = models.load(values, prefix_caching=values.prefix_caching)
+    if values.warm_up:
+        _warm_up(llm)
+    return llm
 
 
 def _warm_up(llm) -> None:
@@ -130,7 +161,7 @@ def _warm_up(llm) -> None:
         {"temperature": 0.0, "logprobs": True, "top_logprobs": MAX_TOP_LOGPROBS},
         {"temperature": 0.0, "presence_penalty": 1.0, "logit_bias": {0: 0.0}},
     ]
-    with tqdm(desc="warm-up", unit="program") as bar:
+    with tqdm(desc="warm-up", unit="program", disable=not is_primary()) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
@@ -142,11 +173,13 @@ def _warm_up(llm) -> None:
 SERVE = Command(
     "serve",
     "Serve a model over HTTP, as OpenAI's API: chat, completions and responses, streamed or whole. Many requests share "
-    "one engine. SIGTERM ends it once the answers in the making are complete. docs/serving.md tells more.",
+    "one engine. SIGTERM ends it once the answers in the making are complete. Several processes run one model on the "
+    "devices of all, and process 0 listens. docs/serving.md tells more.",
     (
         "main.py serve --model=checkpoints/21b --port=8000",
         "main.py serve --model=baidu/ERNIE-4.5-0.3B-PT --host=0.0.0.0 --tls_cert=chain.pem --tls_key=key.pem",
         "main.py serve --model=ernie-4.5-21b-a3b --random_weights --tokenizer=models/ernie-embedded",
+        "main.py serve --model=... --sharding=expert --coordinator=host0:8476 --num_processes=4 --process_id=2",
     ),
     _define,
     _serve,

@@ -13,6 +13,7 @@ import numpy as np
 from ernie_jax.ops import RaggedBatch
 
 NO_SLOT = np.iinfo(np.int32).max
+NO_TOKEN = np.iinfo(np.int32).min  # padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,6 @@ class StepShape:
       pages: width of the page tables.
       query: most new tokens of a row.
       decode: how many leading rows of a group have one token each, unused ones included; 0: that is not fixed.
-      routing: also return the experts of each row.
     """
 
     tokens: int
@@ -51,7 +51,6 @@ class StepShape:
     pages: int
     query: int
     decode: int = 0
-    routing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Step:
     """One step on the host: the runs of each data group, one group after the other.
 
     Attributes:
-      tokens: [T] int32.
+      tokens: [T] int32; NO_TOKEN where there is none.
       last: [B] int32 index of each run's last token; rows are numbered through all groups, unused ones take token 0.
       slots, indices: [B] int32 of each run.
       groups: a RaggedBatch for each group.
@@ -115,7 +114,7 @@ def build_step(runs: Sequence[Sequence[Run]], shape: StepShape, *, page_size: in
         for group, batch, first in zip(runs, groups, group_starts, strict=True)
     ]
     firsts = np.concatenate(firsts).astype(np.int32)
-    tokens = np.zeros(shape.tokens, np.int32)
+    tokens = np.full(shape.tokens, NO_TOKEN, np.int32)
     tokens[np.repeat(firsts, lengths) + _within(lengths)] = [token for run in every for token in run.tokens]
     last = np.zeros(shape.rows, np.int32)
     last[: len(every)] = firsts + lengths - 1

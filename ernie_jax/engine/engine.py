@@ -7,6 +7,7 @@ are dropped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,8 +22,10 @@ import jax
 import numpy as np
 
 from ernie_jax import distributed
-from ernie_jax.engine import cache
-from ernie_jax.engine.batching import NO_SLOT, Run, Step, StepShape, build_step
+from ernie_jax.channel import Receiver, Sender
+from ernie_jax.engine import cache, together
+from ernie_jax.engine.batching import NO_SLOT, Run, Step, StepShape, build_step, pack
+from ernie_jax.engine.devices import Devices
 from ernie_jax.engine.events import FinishReason, Grammar, Progress, Stats, TokenEvent
 from ernie_jax.engine.options import EngineOptions
 from ernie_jax.engine.pages import PagePool
@@ -30,7 +33,7 @@ from ernie_jax.engine.sampler import Sampler, Settings, Stages
 from ernie_jax.engine.sampling import SampleOutput, SamplingParams
 from ernie_jax.engine.scheduler import PREFILL_ROWS, Part, Plan, Scheduler, Task
 from ernie_jax.engine.shapes import Shapes
-from ernie_jax.engine.step import DeviceStep, StepOutput
+from ernie_jax.engine.step import DeviceStep
 from ernie_jax.engine.warm_up import compile_all
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
@@ -60,6 +63,14 @@ class _InFlight(NamedTuple):
     sequences: list[tuple[int, _Sequence]]  # (row, sequence) of the rows that sampled
     out: SampleOutput
     experts: jax.Array | None
+    load: jax.Array | tuple[()]
+
+
+class _Load(NamedTuple):
+    """Counts of experts: those before the last reset, and the device's since, as of a step that is known to be done."""
+
+    before: np.ndarray | int
+    since: jax.Array | tuple[()]
 
 
 class _Following(NamedTuple):
@@ -68,14 +79,14 @@ class _Following(NamedTuple):
     tasks: list[Task]
     changes: int
     shape: StepShape
-    packed: jax.Array
 
 
 class Engine:
     """Generate for many requests at once over one paged cache.
 
-    Requests join and leave between steps. It knows no clock: whoever sets a deadline calls `cancel` when it has passed,
-    and where several processes run the same engine, at the same step in all of them.
+    Requests join and leave between steps. It knows no clock: whoever sets a deadline calls `cancel` when it has passed.
+    Where several processes run the same engine either all of them make the same calls between the same steps, or one
+    leads and the others follow.
 
     Raises:
       UserError: if the options do not suit the model or the device.
@@ -111,8 +122,6 @@ class Engine:
             tokens = -(-options.cache_tokens // self._groups)
         self._group_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
         sizes = self.config, self.dtype, self._group_pages, options.page_size
-        self._make_pages = functools.partial(cache.make_pages, *sizes, layout)
-        self._pages = self._make_pages()
         self._pools = [PagePool(self._group_pages - 1) for _ in range(self._groups)]
         self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
         self._step = DeviceStep(model, layout, **options.backends)
@@ -126,12 +135,14 @@ class Engine:
             pads=self._step.pads_queries(options.page_size),
             splits=self._step.attention_backend != "rpa",
         )
-        self._sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
+        sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
+        self._devices = Devices(self._step, sampler, functools.partial(cache.make_pages, *sizes, layout))
         self._seeds = random.Random(distributed.broadcast(secrets.randbits(63)))
         self._sequences: dict[int, _Sequence] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._following: _Following | None = None
         self._requests = 0
+        self._load = _Load(0, self._devices.load)
 
     @property
     def group_tokens(self) -> int:
@@ -179,6 +190,17 @@ class Engine:
             **dataclasses.asdict(self._scheduler.counters),
         )
 
+    def expert_load(self) -> np.ndarray | None:
+        """Return how many tokens have chosen each expert of each layer with experts, [L, E] int64; None if it has none.
+
+        Every token counts that the model computed, of prompts, answers and scored texts: not what was found in the
+        cache, again what was computed again after a preemption, and also a surplus token after the end of an answer.
+        Any thread may ask; no step waits for it. Of several processes each has a part, process 0 all of it unless the
+        data groups exchange tokens.
+        """
+        before, since = self._load
+        return before + self._step.read_load(since) if self.config.moe_layers else None
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -200,7 +222,7 @@ class Engine:
             or if the model has no experts to tell of.
         """
         self.check(prompt, params)
-        if include_routing and not self.config.is_moe:
+        if include_routing and not self.config.moe_layers:
             raise UserError("include_routing needs a model with experts, which this one has not")
         most = min(params.max_new_tokens, self.config.max_position_embeddings - len(prompt))
         request, self._requests = self._requests, self._requests + 1
@@ -234,10 +256,29 @@ class Engine:
             pool.forget()  # perhaps the failed step was to fill them
         self._in_flight.clear()
         self._following = None
-        self._pages = []  # free before there are others
-        self._pages = self._make_pages()
-        self._sampler.reset()
+        load = self.expert_load()  # without the failed step
+        self._devices.reset()
+        if load is not None:
+            self._load = _Load(load, self._devices.load)
         return dropped
+
+    @contextlib.contextmanager
+    def lead(self, sender: Sender) -> Iterator[None]:
+        """Have the same engine in other processes, which call `follow`, do on its devices what this one does.
+
+        It must be idle at the beginning and is not to be used after the end.
+        """
+        self._devices = together.LeadingDevices(self._devices, sender)
+        yield
+        self._devices.end()
+
+    def follow(self, receiver: Receiver) -> None:
+        """Do what the engine that leads does on the devices, until it ends.
+
+        Raises:
+          ConnectionError: if its process goes without a word.
+        """
+        together.follow(self._devices, receiver)
 
     def progress(self, request: int) -> Progress | None:
         """Tell how far the prompt of a request is computed, as far as dispatched; None if it has finished."""
@@ -265,7 +306,7 @@ class Engine:
         self.check_tokens(tokens)
         padded = np.zeros(-(-len(tokens) // 128) * 128, np.int32)  # few compiled lengths
         padded[: len(tokens)] = tokens
-        return np.asarray(self._step.logits(padded)[: len(tokens)], np.float32)
+        return np.asarray(self._devices.logits(padded)[: len(tokens)], np.float32)
 
     def score(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[float]]]:
         """Yield (index, log-probabilities of tokens 1, 2, ... each given those before) of each prompt as it is done.
@@ -290,12 +331,13 @@ class Engine:
                 for part, place in zip(parts, places, strict=True):
                     after = part.task.prompt[part.start + 1 :][: part.count]
                     targets[place.start : place.start + len(after)] = after
-                logprobs, self._pages = self._step.score(self._pages, step, targets)
+                logprobs, self._devices.pages = self._step.score(self._devices.pages, step, targets)
                 for part, place in zip(parts, places, strict=True):
                     pieces[part.task.request].append((logprobs, place))
                 for task in [part.task for part in parts if part.task.computed == part.task.target]:
                     scheduler.drop(task)
                     found = [np.asarray(array)[where] for array, where in pieces.pop(task.request)]
+                    self._load = self._load._replace(since=self._devices.load)
                     yield task.request, np.concatenate(found)[:-1].tolist()
         finally:
             for task in list(scheduler.running):  # if the caller stops early
@@ -347,7 +389,6 @@ class Engine:
         params: Iterable[SamplingParams] = (),
         context: int | None = None,
         grammars: bool = False,
-        routing: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Compile ahead what steps need, several programs at a time, and run each with nobody in it.
@@ -358,14 +399,12 @@ class Engine:
           params: settings to come; what any of them asks for needs no other program then.
           context: of the longest sequence to come; default: the longest that fits.
           grammars: some requests will have one.
-          routing: some requests will include it.
           progress: called with how many programs are compiled, of how many.
         """
         shapes, params = self.shapes(context), list(params)
-        if routing:
-            shapes += [dataclasses.replace(shape, routing=True) for shape in shapes]
-        self._sampler.lay_out(params)
-        kinds = self._sampler.kinds(params, grammars)
+        devices = self._devices
+        devices.lay_out(params)
+        kinds = devices.sampler.kinds(params, grammars)
         total = len(shapes) + len({shape.rows for shape in shapes}) * len(kinds)
         done = itertools.count(1)
         progress(0, total)
@@ -373,21 +412,23 @@ class Engine:
         def compiled() -> None:
             progress(next(done), total)
 
-        pages = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding) for array in self._pages]
+        pages = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding) for array in devices.pages]
         slots = self.options.max_sequences
         kept = compile_all((self._step.lower(shape, pages, slots) for shape in shapes), compiled)
         by_rows = {}
         for shape in shapes:
-            out = self._forward(shape, self._step.place(self._make_step([()] * self._groups, shape)))
+            out = devices.forward(shape, pack(self._make_step([()] * self._groups, shape)))
             by_rows[shape.rows] = out.logits, out.rows
+            if self.config.moe_layers:
+                devices.experts()
         del kept
         steps = list(itertools.product(by_rows.values(), kinds))
-        kept = compile_all((self._sampler.lower(*out, kind) for out, kind in steps), compiled)
+        kept = compile_all((devices.sampler.lower(*out, kind) for out, kind in steps), compiled)
         for out, kind in steps:
-            self._sampler.warm_up(*out, kind)
+            devices.sampler.warm_up(*out, kind)
         del kept
-        self._sampler.warm_up_settings()
-        jax.block_until_ready((self._pages, self._sampler.last_tokens))
+        devices.sampler.warm_up_settings()
+        devices.settle()
 
     def _make_scheduler(self, slots: int, prefix_caching: bool) -> Scheduler:
         options = self.options
@@ -406,13 +447,13 @@ class Engine:
         if not admitted:
             return events
         running = self._scheduler.running
-        if not self._sampler.covers(sequence.params for sequence in admitted):
+        if not self._devices.sampler.covers(sequence.params for sequence in admitted):
             # Other sampler arrays are needed: read the tokens in flight, then lay out every row anew.
             while self._in_flight:
                 events += self._collect()
-            self._sampler.lay_out(sequence.params for sequence in running)
+            self._devices.lay_out(sequence.params for sequence in running)
             admitted = running
-        self._sampler.set([sequence.settings for sequence in admitted])
+        self._devices.set([sequence.settings for sequence in admitted])
         return events
 
     def _dispatch(self, plan: Plan) -> tuple[list[TokenEvent], bool]:
@@ -427,13 +468,15 @@ class Engine:
             and all(part.start < following.shape.pages * self.options.page_size for part in plan.decode)
         ):
             # Sending a step to several GPUs takes longer than a small one runs.
-            parts, shape, packed = plan.decode, following.shape, following.packed
+            parts, shape, packed = plan.decode, following.shape, None
         else:
             parts, step = self._build(plan)
             if not parts:
                 return [], False
-            shape, packed = step.shape, self._step.place(step)
-        out = self._forward(shape, packed, None if plan.chunks else tasks)
+            shape, packed = step.shape, pack(step)
+        self._devices.forward(shape, packed)
+        if not plan.chunks:
+            self._following = _Following(tasks, self._scheduler.changes, shape)
         events, sampling = [], [(row, part.task) for row, part in enumerate(parts) if part.samples]
         if sampling:
             mask = None
@@ -443,12 +486,12 @@ class Engine:
                     events += self._collect()
                 mask = self._mask(sampling, shape.rows)
             stages = functools.reduce(operator.or_, {sequence.stages for _, sequence in sampling})
-            sampled = self._sampler.sample(out.logits, out.rows, stages, mask)
+            sampled = self._devices.sample(stages, mask)
             experts = None
-            if shape.routing:
-                experts = out.experts.addressable_data(0)
+            if any(sequence.include_routing for _, sequence in sampling):
+                experts = self._devices.experts()
                 experts.copy_to_host_async()
-            self._in_flight.append(_InFlight(sampling, sampled, experts))
+            self._in_flight.append(_InFlight(sampling, sampled, experts, self._devices.load))
         return events, True
 
     def _mask(self, sampling: list[tuple[int, _Sequence]], rows: int) -> np.ndarray | None:
@@ -457,20 +500,13 @@ class Engine:
         for row, sequence in sampling:
             if sequence.grammar is None or sequence.finished or sequence.grammar.free:
                 continue
-            mask = self._sampler.empty_mask(rows) if mask is None else mask
+            mask = self._devices.sampler.empty_mask(rows) if mask is None else mask
             try:
                 sequence.grammar.mask(mask[row])
             except UserError as error:
                 sequence.problem = str(error)
                 mask[row] = -1
         return mask
-
-    def _forward(self, shape: StepShape, packed: jax.Array, decoding: list[Task] | None = None) -> StepOutput:
-        """Run a step, and keep what follows if it is one of decoding tasks alone."""
-        out, self._pages = self._step.forward(self._pages, self._sampler.last_tokens, packed, shape)
-        if decoding is not None:
-            self._following = _Following(decoding, self._scheduler.changes, shape, out.following)
-        return out
 
     def _build(self, plan: Plan) -> tuple[list[Part], Step | None]:
         """Lay out a step; returns its parts in the order of its rows, and the step unless it is empty."""
@@ -486,8 +522,6 @@ class Engine:
             [[part.count for part in group] for group in chunks],
             max(part.start + part.count for part in parts),
         )
-        if any(part.samples and part.task.include_routing for part in parts):
-            shape = dataclasses.replace(shape, routing=True)
         return parts, self._make_step([[_run(part) for part in group] for group in groups], shape)
 
     def _make_step(self, runs: Sequence[Sequence[Run]], shape: StepShape) -> Step:
@@ -497,6 +531,7 @@ class Engine:
         """Wait for the oldest step in flight and hand out its tokens."""
         step = self._in_flight.popleft()
         out, experts = jax.tree.map(np.asarray, (step.out, step.experts))
+        self._load = self._load._replace(since=step.load)
         events = []
         for row, sequence in step.sequences:
             if sequence.finished:

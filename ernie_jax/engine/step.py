@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ernie_jax.engine.batching import Step, StepShape, pack, packed_sizes, unpack
+from ernie_jax.engine.batching import NO_TOKEN, Step, StepShape, pack, packed_sizes, unpack
 from ernie_jax.engine.cache import PAGE_AXES
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, record_tokens, sample, write_rows
 from ernie_jax.kernels import compiling_for
@@ -30,6 +30,7 @@ from ernie_jax.ops import (
 from ernie_jax.sharding import Layout
 
 _BATCH_AXES = ("group", None)
+_GROUP_AXES = ("group", None, None, None)
 
 
 class StepOutput(NamedTuple):
@@ -39,8 +40,8 @@ class StepOutput(NamedTuple):
       logits: [B, V] of each row's last token, split by vocabulary.
       rows: [2, B] for `sample`.
       following: the decode step that follows for the same sequences.
-      experts: [L, B, k] uint8 or int16, chosen for each row's last token in each layer with experts; an empty tuple
-        unless the step's shape asks for them.
+      experts: [L, B, k] uint8 or int16, chosen for each row's last token in each layer with experts; where groups
+        exchange tokens [G, L, B, k], of each group for its own rows. An empty tuple of a dense model.
     """
 
     logits: jax.Array
@@ -53,6 +54,11 @@ class DeviceStep:
     """Hold the weights as a flat list and run the model over the paged cache, one `jax.shard_map` around everything.
 
     The weights travel as a list of leaves because flattening a module costs more than a small step takes.
+
+    Attributes:
+      load: how many tokens have chosen each expert in all steps so far, for `read_load`: [1, 2, L, E] uint32, the low
+        and the high words; where groups exchange tokens [G, 2, L, E], of each group for its own tokens. An array is
+        never changed or donated. An empty tuple of a dense model.
     """
 
     def __init__(
@@ -91,17 +97,28 @@ class DeviceStep:
         specs = [layout.spec(variable.get_metadata("axes")) for variable in variables]
         page_spec = [layout.spec(PAGE_AXES)] * config.num_hidden_layers
         everywhere = layout.spec(())
+        self._own_axes = _GROUP_AXES if self.exchanges else ()  # of what each group knows of its own tokens only
         self.traces = 0  # how often a step was compiled: tests hold it to the number of shapes
+        self._no_load = ()
+        if config.moe_layers:
+            sizes = layout.groups if self.exchanges else 1, 2, len(config.moe_layers), config.moe_num_experts
+            self._no_load = jax.ShapeDtypeStruct(sizes, jnp.uint32, sharding=layout.sharding(self._own_axes))
+        if not isinstance(self._leaves[0], jax.ShapeDtypeStruct):
+            self.reset_load()
 
-        def run(leaves, pages, last_tokens, packed, shape):
-            """Return the model, the hidden states [T, D] of all tokens, the experts of each layer, and the pages."""
+        def run(leaves, pages, load, last_tokens, packed, shape):
+            """Return the model, the hidden states [T, D] of all tokens, their experts, the new load, and the pages.
+
+            The experts are [L, T, k], where tokens are exchanged of the group's window only.
+            """
             self.traces += 1
             batch = packed.batch(shape)
             window = GroupRows(total=packed.total[0], count=packed.total[0])
             if layout.groups > 1:
                 window = GroupRows(packed.start[0], packed.count[0], packed.total[0], shape.group_tokens)
             sampled = last_tokens[jnp.maximum(-1 - packed.tokens, 0)]
-            tokens = jnp.where(packed.tokens < 0, sampled, packed.tokens)
+            used = packed.tokens != NO_TOKEN
+            tokens = jnp.where(used, jnp.where(packed.tokens < 0, sampled, packed.tokens), 0)
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
             out = model(
                 tokens,
@@ -112,24 +129,45 @@ class DeviceStep:
                 shard=shard,
                 rows=window,
             )
-            experts = [whole(routed.experts, window, shape.tokens) for routed in out.routing] if shape.routing else []
-            return model, whole(out.hidden, window, shape.tokens), experts, out.caches
+            experts = ()
+            if out.routing:
+                experts = jnp.stack([routed.experts for routed in out.routing])
+                if shard.exchanges:
+                    used = window.take(used) & (jnp.arange(experts.shape[1]) < window.count)
+                load = add_load(load, jnp.where(used[:, None], experts, -1))
+            return model, whole(out.hidden, window, shape.tokens), experts, load, out.caches
 
-        def forward(leaves, pages, last_tokens, packed, *, shape):
+        def add_load(load, experts):
+            """Count experts [L, T, k] in; -1 is none."""
+            chosen = experts.reshape(len(experts), -1, 1) == jnp.arange(config.moe_num_experts)
+            counts = chosen.sum(1, dtype=jnp.uint32)
+            low, high = load[0]
+            low += counts
+            return jnp.stack([low, high + (low < counts)])[None]
+
+        def forward(leaves, pages, load, last_tokens, packed, *, shape):
             packed = unpack(packed[0], shape)  # this shard's data group
-            model, hidden, experts, pages = run(leaves, pages, last_tokens, packed, shape)
-            small = jnp.uint8 if config.moe_num_experts <= 256 else jnp.int16
+            model, hidden, experts, load, pages = run(leaves, pages, load, last_tokens, packed, shape)
             output = StepOutput(
                 model.logits(hidden[packed.last], self.backends),
                 jnp.stack([packed.slots, packed.indices]),
                 jnp.concatenate(packed.advance())[None],
-                jnp.stack([layer[packed.last] for layer in experts]).astype(small) if experts else (),
+                of_rows(experts, packed) if len(experts) else (),
             )
-            return output, pages
+            return (output, load), pages
 
-        def score(leaves, pages, packed, targets, *, shape):
+        def of_rows(experts, packed):
+            """Return the experts of each row's last token; where they are exchanged zeros for other groups' rows."""
+            experts = experts.astype(jnp.uint8 if config.moe_num_experts <= 256 else jnp.int16)
+            if not shard.exchanges:
+                return experts[:, packed.last]
+            place = packed.last - packed.start
+            mine = (place >= 0) & (place < packed.count)
+            return jnp.where(mine[:, None], experts[:, jnp.where(mine, place, 0)], 0)[None]
+
+        def score(leaves, pages, load, packed, targets, *, shape):
             packed = unpack(packed[0], shape)
-            model, hidden, _, pages = run(leaves, pages, jnp.zeros((1,), jnp.int32), packed, shape)
+            model, hidden, _, load, pages = run(leaves, pages, load, jnp.zeros((1,), jnp.int32), packed, shape)
             logits = model.logits(hidden, self.backends).astype(jnp.float32)  # of this shard's slice of the vocabulary
             largest = shard.max(logits.max(-1), "vocab")
             total = shard.sum(jnp.exp(logits - largest[:, None]).sum(-1), "vocab")
@@ -137,7 +175,7 @@ class DeviceStep:
             mine = (column >= 0) & (column < logits.shape[1])
             target = jnp.take_along_axis(logits, jnp.where(mine, column, 0)[:, None], axis=-1)[:, 0]
             target = shard.sum(jnp.where(mine, target, 0), "vocab")
-            return target - largest - jnp.log(total), pages
+            return (target - largest - jnp.log(total), load), pages
 
         def logits(leaves, tokens):
             """Run whole sequences without a cache; the first group computes their attention."""
@@ -162,23 +200,23 @@ class DeviceStep:
             return hidden
 
         def sharded(function, inputs, output):
-            """Wrap in shard_map; what comes out is the output and the pages."""
+            """Wrap in shard_map; what comes out is the output with the new load, and the pages."""
 
             @functools.partial(jax.jit, static_argnames="shape", donate_argnames="pages")
-            def call(leaves, pages, *args, shape):
+            def call(leaves, pages, load, *args, shape):
                 with compiling_for(layout.capability):
                     return jax.shard_map(
                         functools.partial(function, shape=shape),
                         mesh=layout.mesh,
-                        in_specs=(specs, page_spec, *inputs),
-                        out_specs=(output, page_spec),
+                        in_specs=(specs, page_spec, load_spec, *inputs),
+                        out_specs=((output, load_spec), page_spec),
                         check_vma=False,  # Pallas kernels carry no varying-axes types
-                    )(leaves, pages, *args)
+                    )(leaves, pages, load, *args)
 
             return call
 
-        group = layout.spec(_BATCH_AXES)
-        output = StepOutput(layout.spec((None, "vocab")), everywhere, group, everywhere)
+        group, load_spec = layout.spec(_BATCH_AXES), layout.spec(self._own_axes)
+        output = StepOutput(layout.spec((None, "vocab")), everywhere, group, load_spec)
         self._forward = sharded(forward, (everywhere, group), output)
         self._score = sharded(score, (group, everywhere), everywhere)
         here = layout.sharding()
@@ -199,15 +237,16 @@ class DeviceStep:
             out_shardings=here,
         )
         self.set_rows = jax.jit(write_rows, donate_argnums=0, out_shardings=here)
+        self._gather_experts = jax.jit(lambda experts: experts.sum(0, dtype=experts.dtype), out_shardings=here)
 
     def pads_queries(self, page_size: int) -> bool:
         """Tell whether a tight `query` of a step's shape saves work."""
         with compiling_for(self._layout.capability):
             return pads_queries(self.attention_backend, page_size)
 
-    def place(self, step: Step) -> jax.Array:
-        """Bring a step to the devices."""
-        return self._layout.put(pack(step), _BATCH_AXES)
+    def place(self, packed: np.ndarray) -> jax.Array:
+        """Bring a step, as `pack` lays it out, to the devices."""
+        return self._layout.put(packed, _BATCH_AXES)
 
     def forward(
         self, pages: list, last_tokens: jax.Array, packed: jax.Array, shape: StepShape
@@ -217,11 +256,32 @@ class DeviceStep:
         Returns:
           A StepOutput and the pages; those given are donated.
         """
-        return self._forward(self._leaves, pages, last_tokens, packed, shape=shape)
+        (out, self.load), pages = self._forward(self._leaves, pages, self.load, last_tokens, packed, shape=shape)
+        return out, pages
 
     def score(self, pages: list, step: Step, targets: np.ndarray) -> tuple[jax.Array, list]:
         """Run a step; returns log-probabilities [T] float32 of `targets` [T], each after its token, and the pages."""
-        return self._score(self._leaves, pages, self.place(step), self._layout.put(targets), shape=step.shape)
+        placed = self.place(pack(step)), self._layout.put(targets)
+        (logprobs, self.load), pages = self._score(self._leaves, pages, self.load, *placed, shape=step.shape)
+        return logprobs, pages
+
+    def gather_experts(self, experts: jax.Array) -> jax.Array:
+        """Return the experts [L, B, k] of a step's rows, of its StepOutput, on a device of this process."""
+        experts = self._gather_experts(experts) if self.exchanges else experts
+        return experts.addressable_data(0)
+
+    def reset_load(self) -> None:
+        """Count experts from nothing again."""
+        self.load = jax.tree.map(lambda x: self._layout.put(np.zeros(x.shape, x.dtype), self._own_axes), self._no_load)
+
+    @staticmethod
+    def read_load(load: jax.Array) -> np.ndarray:
+        """Return the counts [L, E] int64 of an earlier or the present `load`.
+
+        Of several processes each returns a part of it: process 0 all, unless groups exchange tokens.
+        """
+        parts = [np.asarray(part.data, np.int64) for part in load.addressable_shards if part.replica_id == 0]
+        return sum((low + (high << 32) for [(low, high)] in parts), np.zeros(load.shape[2:], np.int64))
 
     def logits(self, tokens: np.ndarray) -> jax.Array:
         """Return the logits [T, V] after each token of one sequence [T], without the cache."""
@@ -257,7 +317,7 @@ class DeviceStep:
         packed = jax.ShapeDtypeStruct(
             (self._layout.groups, sum(packed_sizes(shape))), jnp.int32, sharding=self._layout.sharding(_BATCH_AXES)
         )
-        return self._forward.lower(self._leaves, pages, last_tokens, packed, shape=shape)
+        return self._forward.lower(self._leaves, pages, self._no_load, last_tokens, packed, shape=shape)
 
     def lower_sample(self, logits, state, last_tokens, rows, mask=None, *, features: Features, valid_vocab: int):
         """Lower the sampler; arguments are those of `sample`, or their shapes with shardings."""

@@ -86,11 +86,16 @@ class Choice:
 
 
 class Piece(NamedTuple):
-    """What a request's answers have come to meanwhile: a part of one of them."""
+    """What a request's answers have come to meanwhile: a part of one of them.
+
+    Attributes:
+      experts: of every token that came, if asked for: also of one that ends the answer or whose text is held back.
+    """
 
     choice: Choice
     events: list[Event]
     scores: list[TokenScore]
+    experts: list[np.ndarray]
 
 
 class Answers:
@@ -128,9 +133,11 @@ class Answers:
                 observe(now - self._last[index])
                 self._last[index] = now
                 events, scores = choice.push(token)
-                piece = pieces.setdefault(index, Piece(choice, [], []))
+                piece = pieces.setdefault(index, Piece(choice, [], [], []))
                 piece.events.extend(events)
                 piece.scores.extend(scores)
+                if token.experts is not None:
+                    piece.experts.append(token.experts)
                 if choice.reason:
                     self._stream.cancel(index)
             for piece in pieces.values():

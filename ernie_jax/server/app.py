@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ernie_jax.errors import UserError
+from ernie_jax.server.chat_page import page_routes
 from ernie_jax.server.endpoints import Generator
 from ernie_jax.server.hooks import NoLedger, NoMetrics, OpenAccess
 from ernie_jax.server.http import (
@@ -93,6 +94,7 @@ class App:
             Route("/ready", self._ready),
             Route("/version", self._version),
             Route("/metrics", self._show_metrics),
+            *page_routes(),
         ]
         about = {"log": log or Log(), "ledger": ledger or NoLedger(), "metrics": self._metrics}
         middleware = [Middleware(Recorder, model=model.name, access=self._access, **about)]
@@ -192,5 +194,8 @@ class App:
 
     async def _show_metrics(self, request: Request) -> Response:
         self._metrics.set_stats(self._runner.stats)
+        load = await asyncio.to_thread(self._runner.expert_load)
+        if load is not None:
+            self._metrics.set_experts(dict(zip(self._model.moe_layers, load.tolist(), strict=True)))
         kind, body = self._metrics.render()
         return Response(body, headers={"content-type": kind})

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -65,18 +66,19 @@ class Generator:
     async def chat(self, request: Request, fields: Fields) -> Response:
         """Answer /v1/chat/completions."""
         asked = ChatRequest.parse(fields, self._model.defaults)
-        self._check(asked)
+        self._model.check_name(asked.model)
         work = await asyncio.to_thread(self._model.chat, asked.conversation, asked.generation)
         answer = ChatAnswer(_id("chatcmpl-"), self._model.name, int(time.time()), asked.generation.include_usage)
         scores = self._chat_scores if asked.generation.sampling.logprobs else lambda scores: None
+        routing = self._routing(asked.generation)
 
         async def events(answers: Answers) -> AsyncIterator[bytes]:
             begun = set()
-            async for choice, parts, found in answers:
+            async for choice, parts, found, experts in answers:
                 if choice.index not in begun:
                     begun.add(choice.index)
                     yield plain_event(answer.first_chunk(choice.index))
-                if chunk := answer.chunk(choice.index, parts, scores(found)):
+                if chunk := answer.chunk(choice.index, parts, scores(found), routing(experts)):
                     yield plain_event(chunk)
                 if choice.reason:
                     yield plain_event(answer.last_chunk(choice.index, choice.reason, choice.calls))
@@ -85,14 +87,15 @@ class Generator:
             yield DONE
 
         async def body(answers: Answers) -> dict[str, Any]:
-            messages = [AnswerMessage() for _ in answers.choices]
-            gathered: list[list] = [[] for _ in answers.choices]
-            async for choice, parts, found in answers:
-                messages[choice.index].add(parts)
-                gathered[choice.index] += found
+            gathered = [(AnswerMessage(), [], []) for _ in answers.choices]
+            async for choice, parts, found, experts in answers:
+                message, all_found, all_experts = gathered[choice.index]
+                message.add(parts)
+                all_found += found
+                all_experts += experts
             choices = [
-                answer.choice(choice.index, message, choice.reason, scores(found))
-                for choice, message, found in zip(answers.choices, messages, gathered, strict=True)
+                answer.choice(choice.index, message, choice.reason, scores(found), routing(experts))
+                for choice, (message, found, experts) in zip(answers.choices, gathered, strict=True)
             ]
             return answer.completion(choices, answers.usage)
 
@@ -102,10 +105,11 @@ class Generator:
         """Answer /v1/completions."""
         asked = CompletionRequest.parse(fields, self._model.defaults)
         generation = asked.generation
-        self._check(asked)
+        self._model.check_name(asked.model)
         work = await asyncio.to_thread(self._model.completion, asked)
         answer = CompletionAnswer(_id("cmpl-"), self._model.name, int(time.time()), generation.include_usage)
         params, n = generation.sampling, generation.n
+        routing = self._routing(generation)
         echoes = [("", [])] * len(work.choices)
         if asked.echo:
             found = [
@@ -125,24 +129,29 @@ class Generator:
                 lengths[index] = len(text)
                 if asked.echo:
                     yield plain_event(answer.chunk(index, text, reason, logprobs=logprobs(scores)))
-            async for choice, parts, scores in answers:
+            async for choice, parts, scores, experts in answers:
                 text, index = _text(parts), choice.index
-                if text or scores or choice.reason:
+                if text or scores or experts or choice.reason:
                     details = logprobs(scores, lengths[index]) if scores else None
-                    yield plain_event(answer.chunk(index, text, choice.reason, logprobs=details))
+                    chunk = answer.chunk(index, text, choice.reason, logprobs=details, routing=routing(experts))
+                    yield plain_event(chunk)
                 lengths[index] += len(text)
             if generation.include_usage:
                 yield plain_event(answer.usage_chunk(answers.usage))
             yield DONE
 
         async def body(answers: Answers) -> dict[str, Any]:
-            texts, gathered = [[text] for text, _ in echoes], [list(scores) for _, scores in echoes]
-            async for choice, parts, scores in answers:
-                texts[choice.index].append(_text(parts))
-                gathered[choice.index] += scores
+            gathered = [([text], list(scores), []) for text, scores in echoes]
+            async for choice, parts, scores, experts in answers:
+                texts, all_scores, all_experts = gathered[choice.index]
+                texts.append(_text(parts))
+                all_scores += scores
+                all_experts += experts
             choices = [
-                answer.choice(choice.index, "".join(text), choice.reason or "length", logprobs(scores))
-                for choice, text, scores in zip(answers.choices, texts, gathered, strict=True)
+                answer.choice(
+                    choice.index, "".join(texts), choice.reason or "length", logprobs(scores), routing(experts)
+                )
+                for choice, (texts, scores, experts) in zip(answers.choices, gathered, strict=True)
             ]
             return answer.completion(choices, answers.usage)
 
@@ -151,15 +160,19 @@ class Generator:
     async def responses(self, request: Request, fields: Fields) -> Response:
         """Answer /v1/responses."""
         asked = ResponsesRequest.parse(fields, self._model.defaults)
-        self._check(asked)
+        self._model.check_name(asked.model)
         work = await asyncio.to_thread(self._model.chat, asked.conversation, asked.generation, "input")
         answer = ResponseAnswer(asked, _id("resp_"), self._model.name, int(time.time()))
 
+        routing = self._routing(asked.generation)
+
         async def steps(answers: Answers) -> AsyncIterator[list[dict[str, Any]]]:
             yield answer.start()
-            async for _, parts, scores in answers:
+            all_experts = []
+            async for _, parts, scores, experts in answers:
+                all_experts += experts
                 yield answer.add(parts, self._chat_scores(scores))
-            yield answer.finish(answers.choices[0].reason, answers.usage)
+            yield answer.finish(answers.choices[0].reason, answers.usage, routing(all_experts))
 
         async def events(answers: Answers) -> AsyncIterator[bytes]:
             async for event in _flat(steps(answers)):
@@ -175,10 +188,9 @@ class Generator:
 
         return await self._respond(request, asked.generation, work, events, body, failure)
 
-    def _check(self, asked: ChatRequest | CompletionRequest | ResponsesRequest) -> None:
-        self._model.check_name(asked.model)
-        if asked.generation.include_routing:
-            raise ApiError("'include_routing' is not supported yet.", "include_routing", "unsupported_parameter")
+    def _routing(self, generation: Generation) -> Callable[[list[np.ndarray]], dict[str, Any] | None]:
+        """Return what makes `routing` of tokens' experts: nothing, unless it is asked for."""
+        return self._model.routing if generation.include_routing else lambda experts: None
 
     async def _respond(
         self,

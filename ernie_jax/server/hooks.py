@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ernie_jax.engine import Stats
@@ -106,6 +106,9 @@ class NoMetrics:
 
     def set_stats(self, stats: Stats) -> None:
         """Show what the engine holds now."""
+
+    def set_experts(self, load: Mapping[int, Sequence[int]]) -> None:
+        """Show by layer how many tokens have chosen each of its experts."""
 
     def render(self) -> tuple[str, bytes]:
         """Return the content type and body of /metrics."""

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from ernie_jax import distributed
 from ernie_jax.errors import UserError
 from ernie_jax.server.app import App
+from ernie_jax.server.protocol import ApiError
 from ernie_jax.server.runner import Runner
 
 _LAST_WORDS_SECONDS = 5  # for connections, once the answers on them have ended
@@ -22,6 +24,7 @@ class Listener(uvicorn.Server):
     """Serve until SIGTERM or SIGINT, then let what runs end.
 
     While it drains new requests get 503, so that a balancer sends them elsewhere. A second signal ends at once.
+    Other processes that follow the engine pass the first signal on that they get, as reports.
 
     Args:
       drain_seconds: how long running requests may still take.
@@ -69,6 +72,20 @@ class Listener(uvicorn.Server):
             self._draining = asyncio.get_running_loop().create_task(self._drain())
         else:
             self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look at what other processes report, ten times a second."""
+        if distributed.take_reports() and self._draining is None:
+            self.end()
+        if self._runner.failure:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def abandon(self) -> None:
+        """End with all answers, whatever the engine does: another process has ended; in the event loop's thread."""
+        error = ApiError("The server has lost one of its processes; try again later.", None, "engine_failed", 503)
+        self._runner.abandon(error)
+        self.should_exit = True
 
     async def _drain(self) -> None:
         if self._runner.open:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import prometheus_client as prometheus
+from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from ernie_jax.engine.engine import Stats
@@ -13,7 +16,22 @@ if TYPE_CHECKING:
 # Seconds, each bucket about twice the one before: a small model's decode step to a long prompt's prefill.
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 _FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
+_EXPERT_LABELS = ("layer", "expert")
 _REQUEST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+
+
+class _ExpertLoad(Collector):
+    """Show totals that the engine keeps: `load` has them by layer."""
+
+    load: Mapping[int, Sequence[int]] = MappingProxyType({})
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        if self.load:
+            family = CounterMetricFamily("ernie_expert_tokens", "Tokens that chose the expert.", labels=_EXPERT_LABELS)
+            for layer, counts in self.load.items():
+                for expert, count in enumerate(counts):
+                    family.add_metric((str(layer), str(expert)), count)
+            yield family
 
 
 class Metrics:
@@ -46,7 +64,8 @@ class Metrics:
         self._pages = {state: pages.labels(state) for state in ("used", "cached", "free")}
         self._preemptions = counter("preemptions", "Sequences that gave up their pages, to be computed again.")
         self._seen_preemptions = 0
-        self._experts: prometheus.Counter | None = None
+        self._experts = _ExpertLoad()
+        registry.register(self._experts)
 
     def observe_first_token(self, seconds: float) -> None:
         """Time the first token of an answer, since its request came."""
@@ -78,16 +97,9 @@ class Metrics:
         self._preemptions.inc(new if new >= 0 else stats.preemptions)
         self._seen_preemptions = stats.preemptions
 
-    def count_experts(self, load: Mapping[int, Sequence[int]]) -> None:
-        """Count by layer how many tokens chose each of its experts; from one thread. Shown once there is any."""
-        if self._experts is None:
-            text = "Tokens that chose the expert."
-            self._experts = prometheus.Counter(
-                "ernie_expert_tokens", text, ("layer", "expert"), registry=self._registry
-            )
-        for layer, counts in load.items():
-            for expert, count in enumerate(counts):
-                self._experts.labels(layer, expert).inc(count)
+    def set_experts(self, load: Mapping[int, Sequence[int]]) -> None:
+        """Show by layer how many tokens have chosen each of its experts since the engine began."""
+        self._experts.load = load
 
     def render(self) -> tuple[str, bytes]:
         """Return the content type and the text."""

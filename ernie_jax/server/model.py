@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ernie_jax.engine import SamplingParams
 from ernie_jax.errors import UserError
@@ -40,6 +43,7 @@ class ServedModel:
     Attributes:
       context: the most tokens of prompt and answer together.
       defaults: the settings that the model's makers recommend.
+      moe_layers: the layers with experts.
 
     Raises:
       UserError: if the model has no tokenizer.
@@ -55,6 +59,8 @@ class ServedModel:
         self.template = llm.template
         self.context = min(llm.config.max_position_embeddings, engine.group_tokens)
         self.defaults: SamplingParams = llm.sampling_params()
+        self.moe_layers = llm.config.moe_layers
+        self._experts = llm.config.moe_num_experts if self.moe_layers else 0
         self._engine = engine
         self._guidance = Guidance(llm.tokenizer, llm.config.vocab_size, engine.stop_ids)
         self._tags = tag_ids(llm.tokenizer)
@@ -63,7 +69,8 @@ class ServedModel:
     def card(self) -> dict[str, Any]:
         """Describe the model for /v1/models."""
         card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "ernie_jax"}
-        return card | {"max_model_len": self.context}
+        sampling = {"temperature": self.defaults.temperature, "top_p": self.defaults.top_p}
+        return card | {"max_model_len": self.context, "num_experts": self._experts, "default_sampling": sampling}
 
     def check_name(self, name: str | None) -> None:
         """Refuse a request for another model; one that names none is for this.
@@ -73,6 +80,11 @@ class ServedModel:
         """
         if name not in (None, self.name):
             raise model_not_found(name, self.name)
+
+    def routing(self, experts: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Return the `routing` of an answer's tokens, each of which brings its experts [L, k]."""
+        chosen = [token.tolist() for token in experts]
+        return {"layers": list(self.moe_layers), "num_experts": self._experts, "experts": chosen}
 
     def chat(self, conversation: Conversation, generation: Generation, field: str = "messages") -> Work:
         """Return the work for a conversation.
@@ -108,12 +120,18 @@ class ServedModel:
             raise ApiError.of(error, field) from None
 
     def _work(self, prompts, generation: Generation, grammar, form: AnswerFormat | None, field: str) -> Work:
+        if generation.include_routing and not self.moe_layers:
+            raise ApiError(
+                "'include_routing' asks which experts were chosen, and this model has none; leave it out.",
+                "include_routing",
+                "unsupported_parameter",
+            )
         jobs = []
         for prompt in prompts:
             if len(prompt) >= self.context:
                 raise context_exceeded(self.context, len(prompt), generation.max_tokens or 1, field)
             for params in generation.params(len(prompt), self.context):
-                jobs.append(Job(prompt, params, grammar and grammar.copy()))
+                jobs.append(Job(prompt, params, grammar and grammar.copy(), generation.include_routing))
             try:
                 self._engine.check(prompt, jobs[-1].params)
             except UserError as error:

@@ -1,7 +1,8 @@
 """Runner: the thread that owns the Engine, and the streams through which coroutines get its tokens.
 
 Coroutines put calls into the thread's inbox; it makes them between steps. After each step it hands all new tokens to
-the event loop at once. Nothing else touches the engine but `check`, which only reads what never changes.
+the event loop at once. Nothing else touches the engine but `check`, which only reads what never changes, and
+`expert_load`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ernie_jax import distributed
 from ernie_jax.engine import Engine, Grammar, SamplingParams, Stats, TokenEvent
 from ernie_jax.errors import UserError
 from ernie_jax.server.protocol import ApiError
@@ -33,6 +35,7 @@ class Job(NamedTuple):
     prompt: Sequence[int]
     params: SamplingParams
     grammar: Grammar | None = None
+    include_routing: bool = False
 
 
 class TokenStream:
@@ -95,8 +98,10 @@ class TokenStream:
     def _end(self, index: int) -> None:
         self._left.remove(index)
         self._runner._count(-1)
-        if self._deadline and not self._left:
-            self._deadline.cancel()
+        if not self._left:
+            self._runner._alive.remove(self)
+            if self._deadline:
+                self._deadline.cancel()
 
 
 class Runner:
@@ -105,6 +110,10 @@ class Runner:
     Args:
       max_waiting: sequences beyond the engine's own number that may wait; more are refused.
       after_step: called in the thread after every step with the engine's Stats.
+
+    Attributes:
+      failure: of a step where other processes follow the engine: nobody knows how far they are with it, so it can't
+        begin anew.
     """
 
     def __init__(self, engine: Engine, max_waiting: int, after_step: Callable[[Stats], None] = lambda stats: None):
@@ -117,14 +126,17 @@ class Runner:
         # Of the event loop's thread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open = 0
+        self._alive: set[TokenStream] = set()
+        self._calls: set[asyncio.Future] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._draining = False
+        self._draining = self._abandoned = False
         # Of the engine's thread:
         self._streams: dict[int, tuple[TokenStream, int, _Guarded | None]] = {}
         self._requests: dict[tuple[TokenStream, int], int] = {}
         self._failures = 0
         self._stopping = False
+        self.failure: Exception | None = None  # read by both, as the next
         self._broken: str | None = None  # read by both
 
     def start(self) -> None:
@@ -150,6 +162,10 @@ class Runner:
         """Check a sequence without queueing it; raises UserError as Engine.check."""
         self._engine.check(job.prompt, job.params)
 
+    def expert_load(self) -> np.ndarray | None:
+        """Return the engine's counts of experts, as Engine.expert_load."""
+        return self._engine.expert_load()
+
     def submit(self, jobs: Sequence[Job], priority: int = 0, timeout: float | None = None) -> TokenStream:
         """Queue the sequences of a request.
 
@@ -172,6 +188,7 @@ class Runner:
             )
         stream = TokenStream(self, jobs)
         self._count(len(jobs))
+        self._alive.add(stream)
         self._inbox.put(functools.partial(self._begin, stream, priority))
         if timeout is not None:
             late = ApiError(f"The request took longer than {timeout:g} seconds.", None, "request_timeout", 408)
@@ -187,6 +204,8 @@ class Runner:
         if refusal := self.refusal:
             raise refusal
         future = self._loop.create_future()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
         self._inbox.put(functools.partial(self._answer, future, function))
         return future
 
@@ -201,7 +220,18 @@ class Runner:
         """End the thread, and with an error what still runs."""
         self._draining = True
         self._inbox.put(self._stop)
-        self._thread.join()
+        if not self._abandoned:
+            self._thread.join()
+
+    def abandon(self, error: ApiError) -> None:
+        """End all that runs with an error, and take no more, without the thread, which may hang in a step for good."""
+        self._abandoned = True
+        self._broken = str(error)
+        for stream in list(self._alive):
+            stream._fail(error)
+        for future in self._calls:
+            if not future.done():
+                future.set_exception(error)
 
     def _count(self, change: int) -> None:
         self._open += change
@@ -254,9 +284,12 @@ class Runner:
 
     def _recover(self, error: Exception) -> None:
         """Fail everything that runs, and begin with an empty engine."""
+        self._fail_all(ApiError("The server failed while it computed the answer; try again.", status=500))
+        if distributed.process_count() > 1:
+            self._broken, self.failure = "The server is out of order: a step has failed.", error
+            return
         _log.error("a step failed", exc_info=error)
         self._failures += 1
-        self._fail_all(ApiError("The server failed while it computed the answer; try again.", status=500))
         try:
             self._engine.reset()
             if self._failures >= _MOST_FAILURES:
@@ -273,7 +306,13 @@ class Runner:
         try:
             for index, job in enumerate(stream.jobs):
                 grammar = _Guarded(job.grammar) if job.grammar else None
-                request = self._engine.submit(job.prompt, job.params, priority=priority, grammar=grammar)
+                request = self._engine.submit(
+                    job.prompt,
+                    job.params,
+                    priority=priority,
+                    grammar=grammar,
+                    include_routing=job.include_routing,
+                )
                 self._streams[request] = stream, index, grammar
                 self._requests[stream, index] = request
         except UserError as error:

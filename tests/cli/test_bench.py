@@ -63,7 +63,7 @@ def test_programs_get_one_object_and_a_failing_case_is_survived(run, tiny, step_
         if tokens == 48:
             engine.submit([5] * 5, drive.greedy(3))
             engine.step()
-            for pages in engine._pages:
+            for pages in engine._devices.pages:
                 pages.delete()
             raise ValueError("the kernel\ndoes not compile")
         return real(engine, rng, batch, tokens, spread)

@@ -208,7 +208,7 @@ def test_steps_of_unchanged_sequences_follow_on_the_device(tiny_model, rng, monk
     options = dataclasses.replace(AMPLE, prefix_caching=True)
     engine = Engine(tiny_model, single(), options, valid_vocab=300)
     sent, place = [], engine._step.place
-    monkeypatch.setattr(engine._step, "place", lambda step: sent.append(step) or place(step))
+    monkeypatch.setattr(engine._step, "place", lambda packed: sent.append(packed) or place(packed))
     params = SamplingParams(max_new_tokens=200, temperature=0.0, ignore_eos=True)
     for length in (10, 20, 30):
         engine.submit(rng.integers(3, 300, length).tolist(), params)
@@ -322,15 +322,61 @@ def test_experts_are_told_to_those_who_ask(tiny_model, alone, rng):
     assert all(event.experts is None for event in events[silent])
     tokens = [*prompt, *tokens_of(events[asking])]
     assert tokens[20:] == single_run(alone, prompt, params)
-    out = tiny_model(jnp.asarray(tokens), jnp.arange(len(tokens)), attend_to_all)
-    expected = np.stack([routed.experts for routed in out.routing])  # [L, T, k]
     found = np.stack([event.experts for event in events[asking]], axis=1)
     assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, expected[:, 19:-1])
+    np.testing.assert_array_equal(found, chosen_experts(tiny_model, tokens)[:, 19:-1])
+
+
+def chosen_experts(model, tokens):
+    """Return the experts [L, T, k] that the bare model chooses."""
+    padded = np.zeros(256, np.int32)
+    padded[: len(tokens)] = tokens
+    return np.stack(route_all(model, padded))[:, : len(tokens)]
+
+
+@jax.jit
+def route_all(model, tokens):
+    out = model(tokens, jnp.arange(len(tokens)), attend_to_all)
+    return [routed.experts for routed in out.routing]
 
 
 def attend_to_all(q, k, v, cache):
     return packed_attention(q[None], k[None], v[None], jnp.zeros((1, len(q)), jnp.int32))[0], cache
+
+
+def test_the_load_of_experts_is_that_of_the_tokens_that_ran(tiny_model, rng):
+    """Prompts in chunks, alone and beside decoding sequences, decode steps, scores: nothing is missed or padded."""
+    engine = Engine(tiny_model, single(), AMPLE, valid_vocab=300)
+    assert engine.expert_load().shape == (2, 8) and not engine.expert_load().any()
+    prompts = [rng.integers(3, 300, length).tolist() for length in (150, 3, 41, 20, 77)]
+    expected = np.zeros((2, 8), np.int64)
+
+    def expect(tokens):
+        for counts, chosen in zip(expected, chosen_experts(tiny_model, tokens), strict=True):
+            counts += np.bincount(chosen.ravel(), minlength=8)
+
+    requests, events = {}, {}
+    for length, prompt in enumerate(prompts, 5):
+        params = SamplingParams(max_new_tokens=length, temperature=0.0, ignore_eos=True)
+        requests[engine.submit(prompt, params)] = prompt
+        for _ in range(3):
+            collect(engine, events)
+    drain(engine, events)
+    for request, prompt in requests.items():
+        expect([*prompt, *tokens_of(events[request])[:-1]])
+    np.testing.assert_array_equal(engine.expert_load(), expected)
+    engine.reset()
+    for _ in engine.score(prompts[:3]):
+        pass
+    for prompt in prompts[:3]:
+        expect(prompt)
+    np.testing.assert_array_equal(engine.expert_load(), expected)
+    # The words that count on the devices carry over.
+    full = np.full_like(expected, 2**32 - 1)
+    engine._step.load = single().put(np.array([[full, full * 0]], np.uint32))
+    [_] = engine.score(prompts[1:2])
+    counted = engine._step.read_load(engine._step.load) - (2**32 - 1)
+    assert counted.sum(axis=1).tolist() == [6, 6] and counted.min() >= 0
 
 
 def test_after_warming_up_nothing_is_compiled(tiny_model, rng):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
-from ernie_jax.engine.batching import Run, StepShape, build_step
+from ernie_jax.engine.batching import Run, StepShape, build_step, pack
 from ernie_jax.engine.cache import make_pages
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
@@ -128,7 +128,7 @@ def test_prefill_mixed_and_decode_steps(layout, routing, decode, tiny_config, rn
         shape = StepShape(tokens, 8, tokens, 8, 4, query, decode)
         batch = build_step(runs, shape, page_size=PAGE, scratch_page=31)
         last_tokens = layout.put(np.zeros(1, np.int32))
-        (logits, *_), pages = step.forward(pages, last_tokens, step.place(batch), shape)
+        (logits, *_), pages = step.forward(pages, last_tokens, step.place(pack(batch)), shape)
         rows = [i for members in by_group for i in members]
         for row, i in zip(np.asarray(logits), rows, strict=False):
             done[i] += chunks[i][round]
@@ -179,7 +179,11 @@ def test_engine_generates_and_scores_as_on_one_device(layout, tiny_config, rng):
     for prompt, experts in zip(prompts, first_experts(engine, prompts), strict=True):
         expected = reference(tiny_config, routing)(prompt)[2][:, -1]
         np.testing.assert_array_equal(experts, expected)
+    before = engine.expert_load()
     scores, single_scores = dict(engine.score(prompts)), dict(alone.score(prompts))
+    chosen = np.concatenate([reference(tiny_config, routing)(prompt)[2] for prompt in prompts], axis=1)
+    counts = [np.bincount(layer.ravel(), minlength=8) for layer in chosen]
+    np.testing.assert_array_equal(engine.expert_load() - before, counts)
     for i in range(len(prompts)):
         np.testing.assert_allclose(scores[i], single_scores[i], atol=TOLERANCE)
 

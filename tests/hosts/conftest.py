@@ -40,6 +40,9 @@ class Processes:
     def kill(self, index: int) -> None:
         self._started[index].kill()
 
+    def signal(self, index: int, number: int) -> None:
+        self._started[index].send_signal(number)
+
     def wait(self, seconds: float = 30) -> list[Result]:
         """Return how each ended, by index; fails if one is still there after so many seconds."""
         deadline = time.monotonic() + seconds
@@ -49,9 +52,12 @@ class Processes:
     def wait_for(self, index: int, text: str, seconds: float = 60) -> None:
         """Wait until a process has printed something."""
         deadline = time.monotonic() + seconds
-        while text not in (printed := self._read(index, "out") + self._read(index, "err")):
+        while text not in (printed := self.printed(index)):
             assert time.monotonic() < deadline, printed
             time.sleep(0.05)
+
+    def printed(self, index: int) -> str:
+        return self._read(index, "out") + self._read(index, "err")
 
     def end(self) -> None:
         for process in self._started.values():

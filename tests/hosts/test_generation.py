@@ -97,6 +97,22 @@ def test_score(start, processes, alone, model, tmp_path, capsys):
         assert ours["logprobs"][1:] == pytest.approx(theirs["logprobs"][1:], abs=1e-4)
 
 
+def test_experts(start, processes, alone, model, tmp_path, capsys):
+    """The data groups' counts, two processes with one each, make those of one process."""
+    source = write_lines(tmp_path / "in.jsonl", [{"text": "In the beginning God made. " * n} for n in (1, 5, 9)])
+    command = ["experts", f"--model={model}", f"--input={source}", "--json"]
+    assert alone(*command) == 0
+    expected = json.loads(capsys.readouterr().out)
+    start(2, *command, "--mesh=expert:4")
+    first, other = processes.wait(200)
+    assert (first.code, other.code, other.out, other.err) == (0, 0, "", ""), first.err
+    found = json.loads(first.out)
+    assert found["tokens"] == expected["tokens"]
+    for ours, theirs in zip(found["layers"], expected["layers"], strict=True):
+        assert sum(ours["tokens"]) == sum(theirs["tokens"]) == 2 * found["tokens"]
+        assert ours["tokens"] == pytest.approx(theirs["tokens"], abs=2)  # a near tie may fall either way
+
+
 def test_a_killed_run_goes_on(start, processes, alone, model, tmp_path):
     """The other process ends with a sentence while it waits in a collective; one process alone can finish the work."""
     records = [{"prompt": "And", "max_new_tokens": 2}, {"prompt": "And it came to pass", "max_new_tokens": 500}]

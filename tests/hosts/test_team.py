@@ -131,6 +131,20 @@ def test_an_interrupt_ends_all(run):
     assert "error: process 0 stopped: interrupted" in results[1].err
 
 
+def test_a_channel(run):
+    first, *others = run("channel")
+    assert (first.code, first.out, first.err) == (0, "", "")
+    lines = [f"count {{'number': {number}}} {list(range(number))}" for number in range(3)]
+    for other in others:
+        assert (other.code, other.out.splitlines(), other.err) == (0, lines, "")
+
+
+def test_before_another_ends_it_a_process_puts_its_things_in_order(run):
+    first, _, third = run("last_wishes")
+    assert (first.code, first.out, third.code) == (1, "in order\n", 1)
+    assert first.err == "\nerror: process 1 stopped: file.txt: no such file\n" and "no such file" in third.err
+
+
 def test_the_first_to_finish_waits(run):
     for result in run("early"):
         assert (result.code, result.out, result.err) == (0, "done\n", "")

@@ -5,6 +5,8 @@ import signal
 import sys
 import time
 
+import numpy as np
+
 from ernie_jax import distributed, team
 from ernie_jax.errors import UserError
 
@@ -63,6 +65,27 @@ def early():
     if index == 0:
         time.sleep(1)
     print("done")
+
+
+def channel():
+    start()
+    end = distributed.open_channel()
+    if index == 0:
+        for number in range(3):
+            end.send("count", {"number": number}, [np.arange(number)])
+    else:
+        for word, fact, (array,) in [end.receive() for _ in range(3)]:
+            print(word, fact, array.tolist())
+
+
+def last_wishes():
+    start()
+    if index == 0:
+        distributed.before_fall(lambda: print("in order", flush=True))
+    distributed.barrier("all are here")
+    if index == 1:
+        raise UserError("file.txt: no such file")
+    distributed.barrier("never")
 
 
 def silent():

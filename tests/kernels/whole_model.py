@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ernie_jax.config import ModelConfig
-from ernie_jax.engine.batching import Run, StepShape, bucket, build_step
+from ernie_jax.engine.batching import Run, StepShape, bucket, build_step, pack
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.model import Ernie, initialize
 from ernie_jax.sharding import Layout, single
@@ -70,7 +70,7 @@ def compare(config: ModelConfig, case: Case, rng: np.random.Generator, pair=None
         device = DeviceStep(model, layout, **backends)
         pages = [jax.random.normal(key, shape, jnp.bfloat16).astype(dtype) for key in keys]
         last = layout.put(np.zeros(rows, np.int32))
-        (logits, *_), pages = device.forward(pages, last, device.place(step), step.shape)
+        (logits, *_), pages = device.forward(pages, last, device.place(pack(step)), step.shape)
         return np.asarray(logits, np.float64), np.stack([np.asarray(layer[order], np.float64) for layer in pages])
 
     before = np.stack([np.asarray(jax.random.normal(key, shape, jnp.bfloat16)[order], np.float64) for key in keys])

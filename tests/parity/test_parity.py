@@ -181,7 +181,7 @@ def generate(model, mesh, case) -> tuple[list[list[int]], RecordingStep]:
     """Continue all prompts of a case at once, greedily, through prefill chunks and the paged cache."""
     options = EngineOptions(cache_tokens=512, max_sequences=4, prefill_chunk=16, page_size=16, prefix_caching=False)
     engine = Engine(model, mesh, options)
-    engine._step = step = RecordingStep(engine._step)
+    engine._devices.step = step = RecordingStep(engine._step)
     params = SamplingParams(temperature=0, max_new_tokens=len(case.detailed.continuation), ignore_eos=True)
     requests = [engine.submit(sequence.prompt, params) for sequence in case.sequences]
     generated = {request: [] for request in requests}

@@ -81,6 +81,7 @@ class Server:
     runner: Runner
     listener: Listener
     loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
     log: KeptLog
     ledger: Ledger
     metrics: Metrics
@@ -116,7 +117,7 @@ def running(
         socket = bind(host, 0)
         address = f"[{host}]" if ":" in host else host
         url = f"http{'s' if tls else ''}://{address}:{socket.getsockname()[1]}"
-        found.append(Server(url, runner, listener, asyncio.get_running_loop(), log, ledger, metrics))
+        found.append(Server(url, runner, listener, asyncio.get_running_loop(), thread, log, ledger, metrics))
         task = asyncio.create_task(listener.serve([socket]))
         while not listener.started and not task.done():
             await asyncio.sleep(0.01)

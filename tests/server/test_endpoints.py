@@ -70,6 +70,8 @@ def test_models_tokens_and_state(server, client):
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("another")
     http = httpx2.Client(base_url=server.url, timeout=120)
+    card = http.get(f"/v1/models/{NAME}").json()
+    assert card["max_model_len"] == 4096 and card["default_sampling"] == {"temperature": 0.7, "top_p": 0.8}
     found = http.post("/tokenize", json={"prompt": TEXT, "return_token_strs": True}).json()
     assert found["count"] == len(found["tokens"]) and "".join(found["token_strs"]) == TEXT
     assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": TEXT}

@@ -78,8 +78,9 @@ def test_engine():
 
 def test_experts():
     metrics = Metrics()
-    metrics.count_experts({1: [5, 0, 2], 2: [0, 7, 0]})
-    metrics.count_experts({1: [1, 0, 1]})
+    metrics.set_experts({1: [5, 0, 2], 2: [0, 7, 0]})
+    assert read(metrics)["ernie_expert_tokens_total", "2", "1"] == 2
+    metrics.set_experts({1: [6, 0, 3], 2: [0, 7, 0]})
     found = read(metrics)
     assert [found["ernie_expert_tokens_total", str(expert), "1"] for expert in range(3)] == [6, 0, 3]
     assert [found["ernie_expert_tokens_total", str(expert), "2"] for expert in range(3)] == [0, 7, 0]

@@ -193,10 +193,12 @@ class ResponseAnswer:
                     sent.append(self._of_item("response.function_call_arguments.delta", delta=text))
         return sent
 
-    def finish(self, reason: str, usage: Usage) -> list[dict[str, Any]]:
+    def finish(self, reason: str, usage: Usage, routing: Any = None) -> list[dict[str, Any]]:
         """End the response; `reason` is the engine's, "stop" or "length"."""
         status = "incomplete" if reason == "length" else "completed"
         sent = self._close(status)
+        if routing is not None:
+            self.body["routing"] = routing
         self.body |= {"status": status, "usage": usage.responses}
         if status == "incomplete":
             self.body["incomplete_details"] = {"reason": "max_output_tokens"}
