@@ -233,3 +233,5 @@ def use_compilation_cache() -> None:
         with contextlib.suppress(OSError):  # a read-only home only costs the cache
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
+            # A server has some fifty samplers, each of which compiles in less than the second that is JAX's bound.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

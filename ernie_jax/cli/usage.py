@@ -11,7 +11,7 @@ from absl import flags
 from ernie_jax.cli.command import Command, UsageError, require
 from ernie_jax.server.ledger import Prices, Total, totals
 
-_HEADINGS = ("key", "day", "requests", "prompt", "cached", "generated", "cost")
+_HEADINGS = ("key", "day", "requests", "unfinished", "prompt", "cached", "generated", "cost")
 _SUM = "total"
 
 
@@ -61,7 +61,7 @@ def _table(rows: list[Total], prices: Prices | None) -> str:
     if not rows:
         return "no requests\n"
     by_day = rows[0].day is not None
-    counts = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens")
+    counts = ("requests", "unfinished", "prompt_tokens", "cached_tokens", "generated_tokens")
     whole = Total(_SUM, "" if by_day else None, *(sum(getattr(row, name) for row in rows) for name in counts))
     shown = [tuple(name for name in _HEADINGS if (by_day or name != "day") and (prices or name != "cost"))]
     for row in [*rows, whole] if len(rows) > 1 else rows:
@@ -78,7 +78,8 @@ def _table(rows: list[Total], prices: Prices | None) -> str:
 
 USAGE = Command(
     "usage",
-    "Sum up what each API key used of a server, from the server's ledger, and its cost; also while the server runs.",
+    "Sum up what each API key used of a server, from the server's ledger, and its cost; also while the server runs. "
+    "Unfinished requests are running, or were interrupted when a server was killed: of these the prompts count.",
     (
         "main.py usage --ledger=ledger.sqlite",
         "main.py usage --ledger=ledger.sqlite --since=2026-11-01 --until=2026-11-30 --by_day "

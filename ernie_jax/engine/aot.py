@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ernie_jax.config import ModelConfig
-from ernie_jax.engine.batching import StepShape, table_width
+from ernie_jax.engine.batching import StepShape
 from ernie_jax.engine.cache import PAGE_SIZE, abstract_pages
 from ernie_jax.engine.sampling import Features, SamplingParams, build_rows
 from ernie_jax.engine.shapes import Shapes
@@ -20,9 +20,7 @@ def decode_shape(
     config: ModelConfig, layout: Layout, batch: int, context: int, page_size: int = PAGE_SIZE
 ) -> StepShape:
     """Return the step in which `batch` sequences of up to `context` tokens get one token each."""
-    rows = -(-batch // layout.groups)
-    pages = _pages(config, context, page_size)
-    return StepShape(batch, batch, rows, rows, pages, query=1)
+    return _shapes(config, layout, batch, batch, page_size).choose(_even(batch, layout), [[]] * layout.groups, context)
 
 
 def prefill_shape(
@@ -32,18 +30,16 @@ def prefill_shape(
 
     One data group has them all: the others wait, which is what a single long prompt costs.
     """
-    return StepShape(chunk, 1, chunk, 1, _pages(config, context, page_size), query=chunk)
+    chunks = [[chunk], *[[]] * (layout.groups - 1)]
+    return _shapes(config, layout, 1, chunk, page_size).choose([0] * layout.groups, chunks, context)
 
 
 def mixed_shape(
     config: ModelConfig, layout: Layout, batch: int, chunk: int, context: int, page_size: int = PAGE_SIZE
 ) -> StepShape:
     """Return the step that takes `chunk` tokens of one prompt beside a token each of `batch` sequences."""
-    pages = -(-config.max_position_embeddings // page_size)
-    splits = layout.platform != "tpu"
-    shapes = Shapes(layout.groups, batch, chunk, chunk, page_size, pages, pads=layout.platform == "cpu", splits=splits)
     chunks = [[chunk], *[[]] * (layout.groups - 1)]
-    return shapes.choose([-(-batch // layout.groups)] * layout.groups, chunks, context)
+    return _shapes(config, layout, batch, chunk, page_size).choose(_even(batch, layout), chunks, context)
 
 
 def lower_step(
@@ -81,6 +77,11 @@ def lower_sample(config: ModelConfig, layout: Layout, dtype: jnp.dtype, rows: in
     return step.lower_sample(logits, *places, features=Features(), valid_vocab=config.vocab_size)
 
 
-def _pages(config: ModelConfig, context: int, page_size: int) -> int:
-    most = -(-config.max_position_embeddings // page_size)
-    return table_width(-(-context // page_size), most, page_size)
+def _shapes(config: ModelConfig, layout: Layout, batch: int, chunk: int, page_size: int) -> Shapes:
+    pages = -(-config.max_position_embeddings // page_size)
+    pads, splits = layout.platform == "cpu", layout.platform != "tpu"
+    return Shapes(layout.groups, batch, chunk, chunk, page_size, pages, pads=pads, splits=splits)
+
+
+def _even(batch: int, layout: Layout) -> list[int]:
+    return [-(-batch // layout.groups)] * layout.groups

@@ -83,9 +83,17 @@ def bucket(count: int, most: int, factor: int = 4, least: int = 1) -> int:
     return min(size, most)
 
 
-def table_width(needed: int, max_pages: int, page_size: int) -> int:
-    """Return the static width of a page table for rows of up to `needed` pages."""
-    return bucket(needed, max_pages, least=max(1, 512 // page_size))
+def table_width(needed: int, max_pages: int, page_size: int, pads: bool) -> int:
+    """Return the static width of a page table for rows of up to `needed` pages.
+
+    Args:
+      pads: attention reads as far as the table is wide. Elsewhere a wide table costs its own bytes alone: of 256
+        sequences with 1024 pages a MiB, sent to the devices when it has changed.
+    """
+    if not pads:
+        return bucket(needed, max_pages, factor=8, least=max(1, 2048 // page_size))
+    width = bucket(needed, max_pages, least=max(1, 512 // page_size))
+    return max_pages if max_pages <= 2 * width else width
 
 
 def build_step(runs: Sequence[Sequence[Run]], shape: StepShape, *, page_size: int, scratch_page: int) -> Step:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import operator
 import random
 import secrets
@@ -33,6 +34,7 @@ from ernie_jax.engine.sampling import SampleOutput, SamplingParams
 from ernie_jax.engine.scheduler import PREFILL_ROWS, Part, Plan, Scheduler, Task
 from ernie_jax.engine.shapes import Shapes
 from ernie_jax.engine.step import DeviceStep
+from ernie_jax.engine.warm_up import compile_all
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
 from ernie_jax.sharding import PRESETS, Layout
@@ -389,27 +391,44 @@ class Engine:
         grammars: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Compile ahead what steps need, by steps in which nobody takes part. The engine must be idle.
+        """Compile ahead what steps need, several programs at a time, and run each with nobody in it.
+
+        The engine must be idle.
 
         Args:
           params: settings to come; what any of them asks for needs no other program then.
           context: of the longest sequence to come; default: the longest that fits.
           grammars: some requests will have one.
-          progress: called with how many shapes are compiled, of how many.
+          progress: called with how many programs are compiled, of how many.
         """
         shapes, params = self.shapes(context), list(params)
-        self._devices.lay_out(params)
+        devices = self._devices
+        devices.lay_out(params)
+        kinds = devices.sampler.kinds(params, grammars)
+        total = len(shapes) + len({shape.rows for shape in shapes}) * len(kinds)
+        done = itertools.count(1)
+        progress(0, total)
+
+        def compiled() -> None:
+            progress(next(done), total)
+
+        pages = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding) for array in devices.pages]
+        slots = self.options.max_sequences
+        kept = compile_all((self._step.lower(shape, pages, slots) for shape in shapes), compiled)
         by_rows = {}
-        for done, shape in enumerate(shapes):
-            progress(done, len(shapes))
-            nothing = self._make_step([()] * self._groups, shape)
-            out = self._devices.forward(shape, pack(nothing))
+        for shape in shapes:
+            out = devices.forward(shape, pack(self._make_step([()] * self._groups, shape)))
             by_rows[shape.rows] = out.logits, out.rows
             if self.config.moe_layers:
-                self._devices.experts()
-        self._devices.sampler.warm_up(params, by_rows.values(), grammars)
-        self._devices.settle()
-        progress(len(shapes), len(shapes))
+                devices.experts()
+        del kept
+        steps = list(itertools.product(by_rows.values(), kinds))
+        kept = compile_all((devices.sampler.lower(*out, kind) for out, kind in steps), compiled)
+        for out, kind in steps:
+            devices.sampler.warm_up(*out, kind)
+        del kept
+        devices.sampler.warm_up_settings()
+        devices.settle()
 
     def _make_scheduler(self, slots: int, prefix_caching: bool) -> Scheduler:
         options = self.options

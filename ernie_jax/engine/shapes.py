@@ -23,7 +23,7 @@ class Shapes:
     Attributes:
       groups: number of data groups.
       max_pages: of the longest sequence.
-      pads: attention pads chunks to the shape's longest, so that several sizes of that pay.
+      pads: attention pads chunks to the shape's longest and tables to their width, so that several sizes of these pay.
       splits: the decoding part of a mixed step has a fixed size, as attention backends need that compute it apart.
     """
 
@@ -68,7 +68,7 @@ class Shapes:
                 yield self._decode(rows, share, pages)
         before = 0
         for size in _sizes(self.prefill_chunk, least=_LEAST_PREFILL):
-            for share, several in itertools.product(self._shares(size), (False, True)):
+            for share, several in itertools.product(self._shares(size), (False, True) if self.pads else (True,)):
                 runs = self.groups * PREFILL_ROWS if several else 1
                 if before < runs * cached:  # a step of more than `before` tokens fits the sequences
                     for longest in _sizes(share, factor=8):
@@ -84,6 +84,7 @@ class Shapes:
         return StepShape(rows, rows, group_rows, group_rows, pages, query=1)
 
     def _prefill(self, tokens: int, group_tokens: int, several: bool, longest: int, pages: int) -> StepShape:
+        several = several or not self.pads  # unused rows cost little then
         group_rows = PREFILL_ROWS if several else 1
         rows = self.groups * PREFILL_ROWS if several else 1
         query = bucket(longest, group_tokens, factor=8) if several and self.pads else group_tokens
@@ -100,7 +101,7 @@ class Shapes:
         return StepShape(total, self.groups * rows, lead + group_tokens, rows, pages, query, decode)
 
     def _width(self, longest: int) -> int:
-        return table_width(-(-longest // self.page_size), self.max_pages, self.page_size)
+        return table_width(-(-longest // self.page_size), self.max_pages, self.page_size, self.pads)
 
     def _lead(self, rows: int) -> int:
         return bucket(rows, self.max_sequences, factor=16, least=_LEAST_MIXED)

@@ -319,9 +319,9 @@ class DeviceStep:
         )
         return self._forward.lower(self._leaves, pages, self._no_load, last_tokens, packed, shape=shape)
 
-    def lower_sample(self, logits, state, last_tokens, rows, *, features: Features, valid_vocab: int):
-        """Lower the sampler; arguments are those of `sample`, as shapes with shardings."""
-        return self._sample.lower(logits, state, last_tokens, rows, features=features, valid_vocab=valid_vocab)
+    def lower_sample(self, logits, state, last_tokens, rows, mask=None, *, features: Features, valid_vocab: int):
+        """Lower the sampler; arguments are those of `sample`, or their shapes with shardings."""
+        return self._sample.lower(logits, state, last_tokens, rows, mask, features=features, valid_vocab=valid_vocab)
 
 
 def _sample_rows(layout, logits, state, last_tokens, rows, mask=None, *, features, valid_vocab):

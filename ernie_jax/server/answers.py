@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -103,13 +103,22 @@ class Answers:
 
     Args:
       prompts: how long each prompt is; the choices are numbered prompt by prompt.
+      settle: awaited once all have ended, and before the iteration does.
     """
 
-    def __init__(self, stream: TokenStream, choices: Sequence[Choice], prompts: Sequence[int], metrics: NoMetrics):
+    def __init__(
+        self,
+        stream: TokenStream,
+        choices: Sequence[Choice],
+        prompts: Sequence[int],
+        metrics: NoMetrics,
+        settle: Callable[[], Awaitable[None]],
+    ):
         self.choices = choices
         self._stream = stream
         self._prompts = prompts
         self._metrics = metrics
+        self._settle = settle
         self._last = [time.monotonic()] * len(choices)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
@@ -133,6 +142,7 @@ class Answers:
                     self._stream.cancel(index)
             for piece in pieces.values():
                 yield piece
+        await self._settle()
 
     def close(self) -> None:
         """End what has not ended."""

@@ -204,31 +204,45 @@ class Generator:
         """Generate, and return the answer whole or as a stream; `failure` ends a stream that can't go on."""
         timeouts = [seconds for seconds in (generation.timeout, self._timeout) if seconds is not None]
         stream = self._runner.submit(work.jobs, generation.priority, min(timeouts, default=None))
-        answers = Answers(stream, work.choices, [len(prompt) for prompt in work.prompts], self._metrics)
-        state = request.state
+        account, caller = request.state.account, request.state.caller
+
+        async def settle() -> None:
+            account.close(answers.usage)
+            await account.kept()
+
+        answers = Answers(stream, work.choices, [len(prompt) for prompt in work.prompts], self._metrics, settle)
+        account.open(caller, request.state.endpoint, answers.usage)
 
         def close() -> None:
             answers.close()
-            usage = state.usage = answers.usage
+            usage = account.usage = answers.usage
             self._metrics.count_tokens(usage.prompt, usage.cached, usage.completion)
-            self._access.settle(state.caller, usage.prompt + usage.completion)
+            self._access.settle(caller, usage.prompt + usage.completion)
 
         async def guarded() -> AsyncIterator[bytes]:
             # The status is sent: what fails now can only be told in the stream.
             try:
+                await account.kept()
                 async for event in events(answers):
                     yield event
             except UserError as error:
+                account.close(answers.usage)
+                with contextlib.suppress(ApiError):  # it may be what failed
+                    await account.kept()
                 for event in failure(ApiError.of(error)):
                     yield event
 
         if generation.stream:
-            return EventStream(guarded(), close, state.caller.headers())
+            return EventStream(guarded(), close, caller.headers())
         try:
             answer = await until_disconnected(request.receive, body(answers))
+        except UserError as error:
+            account.close(answers.usage, ApiError.of(error).status)
+            await account.kept()
+            raise
         finally:
             close()
-        return json_response(answer, headers=state.caller.headers())
+        return json_response(answer, headers=caller.headers())
 
     async def _echo(self, prompt: list[int], text: str | list[int], params) -> tuple[str, list[TokenScore]]:
         """Return a prompt's text, and its scores if they are wanted."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ernie_jax.engine import Stats
-from ernie_jax.server.ledger import Entry, Ledger
+from ernie_jax.server.ledger import Entry, Ledger, Row
 from ernie_jax.server.protocol import Usage
 
 
@@ -47,8 +47,25 @@ class OpenAccess:
 class NoLedger:
     """Write down nothing."""
 
-    def record(self, caller: Caller, request_id: str, endpoint: str, model: str, usage: Usage, status: int) -> None:
-        """Take down what a request used, also when it was broken off (status 499)."""
+    def record(
+        self,
+        caller: Caller,
+        request_id: str,
+        endpoint: str,
+        model: str,
+        usage: Usage,
+        status: int,
+        replaces: Row | None = None,
+    ) -> Row | None:
+        """Take down what a request has used: when it begins (status OPEN), ends, or is broken off (499).
+
+        Args:
+          replaces: what was returned for the request before.
+
+        Returns:
+          A future that is done when it is kept for good; None if there is nothing to wait for.
+        """
+        return None
 
 
 class FileLedger(NoLedger):
@@ -57,9 +74,19 @@ class FileLedger(NoLedger):
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
 
-    def record(self, caller: Caller, request_id: str, endpoint: str, model: str, usage: Usage, status: int) -> None:
+    def record(
+        self,
+        caller: Caller,
+        request_id: str,
+        endpoint: str,
+        model: str,
+        usage: Usage,
+        status: int,
+        replaces: Row | None = None,
+    ) -> Row | None:
         tokens = usage.prompt, usage.cached, usage.completion
-        self._ledger.record(Entry(time.time(), request_id, caller.name, model, endpoint, *tokens, status))
+        entry = Entry(time.time(), request_id, caller.name, model, endpoint, *tokens, status)
+        return self._ledger.record(entry, replaces)
 
 
 class NoMetrics:

@@ -17,9 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ernie_jax.server.hooks import NoLedger, NoMetrics, OpenAccess
+from ernie_jax.server.hooks import Caller, NoLedger, NoMetrics, OpenAccess
+from ernie_jax.server.ledger import OPEN, Row
 from ernie_jax.server.logs import Log
-from ernie_jax.server.protocol import ApiError
+from ernie_jax.server.protocol import ApiError, Usage
 
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
 # nginx and its kin would otherwise keep events until there are more of them.
@@ -143,10 +144,53 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
+class Account:
+    """One request's row in the ledger.
+
+    Attributes:
+      usage: what the request came to so far; None if it has not come to the engine.
+    """
+
+    def __init__(self, ledger: NoLedger, model: str, request_id: str):
+        self.usage: Usage | None = None
+        self._ledger = ledger
+        self._about = {"request_id": request_id, "model": model}
+        self._row: Row | None = None
+        self._written: tuple[Usage, int] | None = None
+
+    def open(self, caller: Caller, endpoint: str, usage: Usage) -> None:
+        """Take down that the request has begun."""
+        self._about |= {"caller": caller, "endpoint": endpoint}
+        self._write(usage, OPEN)
+
+    def close(self, usage: Usage, status: int = 200) -> None:
+        """Take down what the request came to."""
+        self._write(usage, status)
+
+    async def kept(self) -> None:
+        """Wait until what was taken down last will outlive the process.
+
+        Raises:
+          ApiError: 503, if it can't be kept.
+        """
+        if self._row:
+            try:
+                await asyncio.wrap_future(self._row)
+            except Exception as error:
+                words = "The server's ledger can't be written, and nothing is answered without it; try again later."
+                raise ApiError(words, code="ledger_failed", status=503) from error
+
+    def _write(self, usage: Usage, status: int) -> None:
+        self.usage = usage
+        if self._written != (usage, status):
+            self._written = usage, status
+            self._row = self._ledger.record(**self._about, usage=usage, status=status, replaces=self._row)
+
+
 class Recorder:
     """Give every request an id, and log and count it, and write down its use, when it is over.
 
-    Endpoints may leave `caller`, `usage` and `endpoint` in the request's state.
+    Endpoints find an `account` in the request's state, and may leave `caller` and `endpoint` there.
     """
 
     def __init__(
@@ -165,7 +209,7 @@ class Recorder:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        account = state["account"] = Account(self._ledger, self._model, request_id)
         start, status = time.monotonic(), _CLOSED
 
         async def send_with_id(message: Message) -> None:
@@ -182,9 +226,9 @@ class Recorder:
         finally:
             seconds = time.monotonic() - start
             endpoint = state.get("endpoint", "other")
-            caller, usage = state.get("caller"), state.get("usage")
+            caller, usage = state.get("caller"), account.usage
             if usage:
-                self._ledger.record(caller, request_id, endpoint, self._model, usage, status)
+                account.close(usage, status)
             elif caller:
                 self._access.settle(caller, 0)
             self._metrics.count_request(endpoint, status, seconds)

@@ -14,23 +14,25 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import NamedTuple
 
 from ernie_jax.errors import UserError
 
 _APPLICATION = 0x45524E49  # "ERNI", in the file's header
 _BUSY_SECONDS = 30  # how long one waits for another's transaction
 _BATCH = 1000  # rows of a transaction at most
+OPEN = 0  # the status of a request without an end: it is running, or was interrupted by a killed process
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Record a request that is finished, or was cut off.
+    """Record a request that has begun, is finished, or was cut off.
 
     Attributes:
-      time: of its end, in seconds since 1970.
+      time: of its end, or its beginning if it is open, in seconds since 1970.
       key: the name of the caller's key.
       prompt_tokens: all of them, of which `cached_tokens` were found in the prefix cache.
-      status: of the response; 499 if the client left.
+      status: of the response; 499 if the client left, OPEN if there is no end.
     """
 
     time: float
@@ -47,7 +49,17 @@ class Entry:
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Entry))
 _TYPES = {"float": "REAL", "str": "TEXT", "int": "INTEGER"}
 _CREATE = ", ".join(f"{field.name} {_TYPES[field.type]} NOT NULL" for field in dataclasses.fields(Entry))
-_INSERT = f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+_PUT = f"INSERT OR REPLACE INTO requests (rowid, {', '.join(_COLUMNS)}) VALUES "
+_PLACES = f"({', '.join('?' * (1 + len(_COLUMNS)))})"
+
+
+Row = Future[int]  # the number of a row in the file, once it is written
+
+
+class _Item(NamedTuple):
+    entry: Entry
+    replaces: Row | None
+    row: Row
 
 
 class Ledger:
@@ -70,15 +82,18 @@ class Ledger:
             except BaseException:
                 self._database.close()
                 raise
-        self._queue: queue.SimpleQueue[tuple[Entry, Future] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._gate = threading.Lock()  # nothing comes after the None that ends the queue
         self._closed = False
         self._lost, self._error = 0, ""
         self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
         self._thread.start()
 
-    def record(self, entry: Entry) -> Future[None]:
+    def record(self, entry: Entry, replaces: Row | None = None) -> Row:
         """Queue an entry, from any thread, without waiting.
+
+        Args:
+          replaces: what an earlier call returned: the entry takes that row's place, so that a request has only one.
 
         Returns:
           A future that is done when the row is on the disk; it fails with the error if it can't be written. Who waits
@@ -87,13 +102,13 @@ class Ledger:
         Raises:
           RuntimeError: after `close`.
         """
-        written: Future[None] = Future()
-        written.set_running_or_notify_cancel()  # a waiter that is cancelled doesn't take its row along
+        row: Row = Future()
+        row.set_running_or_notify_cancel()  # a waiter that is cancelled doesn't take its row along
         with self._gate:
             if self._closed:
                 raise RuntimeError("the ledger is closed")
-            self._queue.put((entry, written))
-        return written
+            self._queue.put(_Item(entry, replaces, row))
+        return row
 
     def recent(self, seconds: float) -> list[tuple[float, str, int]]:
         """Return (age in seconds, key, tokens) of the requests that ended within the last seconds, oldest first."""
@@ -132,10 +147,10 @@ class Ledger:
                 more = item is not None
                 self._commit(batch)
 
-    def _commit(self, batch: list[tuple[Entry, Future]]) -> None:
+    def _commit(self, batch: list[_Item]) -> None:
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany(_INSERT, [dataclasses.astuple(entry) for entry, _ in batch])
+            numbers = self._put(batch)
             self._database.execute("COMMIT")
         except Exception as error:
             with contextlib.suppress(sqlite3.Error):
@@ -146,11 +161,32 @@ class Ledger:
                     self._commit([item])
                 return
             self._lost, self._error = self._lost + len(batch), str(error)
-            for _, written in batch:
-                written.set_exception(error)
+            for item in batch:
+                item.row.set_exception(error)
         else:
-            for _, written in batch:
-                written.set_result(None)
+            for row, number in numbers.items():
+                row.set_result(number)
+
+    def _put(self, batch: list[_Item]) -> dict[Row, int]:
+        """Write rows in one statement, each in a new place or in that of the row that it replaces; returns the places.
+
+        One, because after every statement the thread has to wait for its turn among the process's others.
+        """
+        (last,) = self._database.execute("SELECT coalesce(max(rowid), 0) FROM requests").fetchone()
+        numbers: dict[Row, int] = {}
+        rows: dict[int, tuple] = {}
+        for item in batch:
+            old = item.replaces
+            number = numbers.get(old)
+            if number is None and old and not old.exception():  # it is done: it stood before this one in the queue
+                number = old.result()
+            if number is None:
+                number = last = last + 1
+            numbers[item.row] = number
+            rows[number] = number, *dataclasses.astuple(item.entry)
+        statement = _PUT + ", ".join([_PLACES] * len(rows))
+        self._database.execute(statement, [value for row in rows.values() for value in row])
+        return numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +200,16 @@ class Prices:
 
 @dataclasses.dataclass(frozen=True)
 class Total:
-    """Sum a key's requests, of one day (UTC, as 2026-11-01) or, where it is None, of all."""
+    """Sum a key's requests, of one day (UTC, as 2026-11-01) or, where it is None, of all.
+
+    Attributes:
+      unfinished: of the requests, those without an end, of which only the prompts count.
+    """
 
     key: str
     day: str | None
     requests: int
+    unfinished: int
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
@@ -194,7 +235,7 @@ def totals(
         raise UserError(f"{path}: no such file")
     query = f"""
         SELECT key, {"date(time, 'unixepoch')" if by_day else "NULL"} AS day,
-          count(*), sum(prompt_tokens), sum(cached_tokens), sum(generated_tokens)
+          count(*), sum(status = {OPEN}), sum(prompt_tokens), sum(cached_tokens), sum(generated_tokens)
         FROM requests
         WHERE time >= ? AND time < ?
         GROUP BY key, day ORDER BY key, day"""

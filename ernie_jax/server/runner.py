@@ -10,12 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import heapq
-import itertools
 import logging
 import queue
 import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
@@ -57,6 +54,7 @@ class TokenStream:
         self._events: list[tuple[int, TokenEvent]] = []
         self._error: ApiError | None = None
         self._news = asyncio.Event()
+        self._deadline: asyncio.TimerHandle | None = None
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -102,6 +100,8 @@ class TokenStream:
         self._runner._count(-1)
         if not self._left:
             self._runner._alive.remove(self)
+            if self._deadline:
+                self._deadline.cancel()
 
 
 class Runner:
@@ -134,8 +134,6 @@ class Runner:
         # Of the engine's thread:
         self._streams: dict[int, tuple[TokenStream, int, _Guarded | None]] = {}
         self._requests: dict[tuple[TokenStream, int], int] = {}
-        self._deadlines: list[tuple[float, int, TokenStream, float]] = []
-        self._numbers = itertools.count()
         self._failures = 0
         self._stopping = False
         self.failure: Exception | None = None  # read by both, as the next
@@ -191,7 +189,10 @@ class Runner:
         stream = TokenStream(self, jobs)
         self._count(len(jobs))
         self._alive.add(stream)
-        self._inbox.put(functools.partial(self._begin, stream, priority, timeout, time.monotonic()))
+        self._inbox.put(functools.partial(self._begin, stream, priority))
+        if timeout is not None:
+            late = ApiError(f"The request took longer than {timeout:g} seconds.", None, "request_timeout", 408)
+            stream._deadline = self._loop.call_later(timeout, stream._fail, late)
         return stream
 
     def call[T](self, function: Callable[[Engine], T]) -> Awaitable[T]:
@@ -254,7 +255,6 @@ class Runner:
                     command = self._inbox.get(block=False)
             except queue.Empty:
                 pass
-            self._give_up_late_ones()
             if self._engine.has_work and not self._broken and not self._stopping:
                 self._step()
 
@@ -299,7 +299,7 @@ class Runner:
             self._broken = "The server is out of order: the engine could not begin anew after a failure."
         self.stats = self._engine.stats()
 
-    def _begin(self, stream: TokenStream, priority: int, timeout: float | None, start: float) -> None:
+    def _begin(self, stream: TokenStream, priority: int) -> None:
         if self._stopping or self._broken:
             self._tell(functools.partial(stream._fail, self.refusal))
             return
@@ -317,8 +317,6 @@ class Runner:
                 self._requests[stream, index] = request
         except UserError as error:
             self._tell(functools.partial(stream._fail, ApiError.of(error)))
-        if timeout is not None:
-            heapq.heappush(self._deadlines, (start + timeout, next(self._numbers), stream, timeout))
 
     def _drop(self, stream: TokenStream, index: int) -> None:
         if (request := self._requests.get((stream, index))) is not None:
@@ -328,15 +326,6 @@ class Runner:
     def _forget(self, request: int) -> None:
         stream, index, _ = self._streams.pop(request)
         del self._requests[stream, index]
-
-    def _give_up_late_ones(self) -> None:
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, stream, timeout = heapq.heappop(self._deadlines)
-            error = ApiError(f"The request took longer than {timeout:g} seconds.", None, "request_timeout", 408)
-            for index in range(len(stream.jobs)):
-                self._drop(stream, index)
-            self._tell(functools.partial(stream._fail, error))  # nothing, if it has ended
 
     def _fail_all(self, error: ApiError) -> None:
         for stream in {stream for stream, _, _ in self._streams.values()}:

@@ -31,6 +31,8 @@ class StopStringMatcher:
         """Take the next text; return what can be shown now, and whether a stop string was found."""
         if self.stopped:
             return "", True
+        if not self._stop_strings:
+            return text, False
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
         if found:

@@ -385,10 +385,10 @@ def test_after_warming_up_nothing_is_compiled(tiny_model, rng):
     params = [SamplingParams(max_new_tokens=20, temperature=0.0), SamplingParams(max_new_tokens=30, top_p=0.8, seed=1)]
     seen = []
     engine.warm_up(params, context=300, progress=lambda done, total: seen.append((done, total)))
-    total = len(engine.shapes(300))
+    steps, total = len(engine.shapes(300)), seen[0][1]
     assert seen == [(done, total) for done in range(total + 1)]
     traces, sampled = engine._step.traces, engine._step._sample._cache_size()
-    assert traces == total
+    assert traces == steps and total == steps + sampled
     for _ in range(150):
         if rng.random() < 0.2:
             engine.submit(rng.integers(3, 300, rng.integers(1, 250)).tolist(), params[rng.integers(2)])

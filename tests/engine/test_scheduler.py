@@ -62,6 +62,32 @@ class Device:
         self.check_pages()
         return plan
 
+    def check_known(self):
+        """Hold the keys of pages to what was written to them."""
+        for group, pool in enumerate(self.pools):
+            for page in pool._idle:
+                assert None not in self.written[group][page]
+            for task in self.scheduler.running:
+                if task.group == group:
+                    tokens, chain = [*task.prompt, *self.answers[task.request]], []
+                    extend_keys(chain, tokens[: len(task.pages) * PAGE], PAGE)
+                    for index, (page, key) in enumerate(zip(task.pages, chain, strict=False)):
+                        if page in pool._keys:
+                            assert pool._keys[page] == key
+                            assert self.written[group][page] == tokens[index * PAGE : (index + 1) * PAGE]
+
+    def reset(self):
+        """Begin anew after a failure, as Engine.reset: whatever was written may be wrong."""
+        dropped = [*self.scheduler.waiting, *self.scheduler.running]
+        for task in dropped:
+            self.scheduler.drop(task)
+        for pool in self.pools:
+            pool.forget()
+            assert len(pool.free) == pool.size
+        self.written = [[[None] * PAGE for _ in pages] for pages in self.written]
+        self.in_flight.clear()
+        return dropped
+
     def read(self):
         for part in self.in_flight.popleft():
             task, answer = part.task, self.answers[part.task.request]
@@ -118,8 +144,9 @@ class Device:
                 assert len(task.pages) * PAGE >= task.computed
                 assert len(set(task.pages)) == len(task.pages)
                 for index, page in enumerate(task.pages):
-                    if users[page] > 1:  # shared: full, known, and behind nobody's pen
-                        assert page in pool._keys and index < task.registered
+                    if users[page] > 1:  # shared: full, known by the same tokens, and behind nobody's pen
+                        assert pool._keys[page] == task.keys[index] and index < task.registered
+                        assert (index + 1) * PAGE <= min(task.computed, task.known)
             if not self.options["prefix_caching"]:
                 assert not pool._keys
 
@@ -167,7 +194,11 @@ def test_random_schedules(rng, groups, caching):
                 device.scheduler.drop(task)
                 cancelled.add(task.request)
                 device.check_pages()
+            if rng.random() < 0.01:
+                cancelled.update(task.request for task in device.reset())
+                device.check_pages()
             device.step()
+            device.check_known()
         steps = 0
         while device.busy:  # nobody starves
             device.step()
@@ -176,6 +207,9 @@ def test_random_schedules(rng, groups, caching):
         assert len(device.finished) + len(cancelled) == len(device.tasks)
         for task in device.finished:
             assert task.output == device.answers[task.request][: len(task.output)]
+        for task in device.tasks:  # and nobody keeps a place
+            assert task.finished and task.slot < 0 and not task.pages
+        assert len(set(device.scheduler._free_slots)) == len(device.scheduler._free_slots) == device.slots
         assert all(pool.available == pool.size and not pool.sequences for pool in device.pools)
         assert device.scheduler.counters.generated_tokens == sum(len(task.output) for task in device.tasks)
         preemptions += device.scheduler.counters.preemptions

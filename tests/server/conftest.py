@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import openai
 import pytest
@@ -45,9 +46,12 @@ class Ledger(NoLedger):
     def __init__(self):
         self.entries = {}
 
-    def record(self, caller, request_id, endpoint, model, usage, status):
-        assert request_id not in self.entries
+    def record(self, caller, request_id, endpoint, model, usage, status, replaces=None):
+        assert (request_id in self.entries) == (replaces is not None)
         self.entries[request_id] = caller.name, endpoint, model, usage, status
+        row = Future()
+        row.set_result(len(self.entries))
+        return row
 
 
 class Metrics(NoMetrics):
@@ -151,7 +155,7 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
 def llm(checkpoint, cache) -> LLM:
     """The model in float32, so that no answer depends on what else is in the batch."""
     return LLM.load(
-        checkpoint, "float32", max_sequences=32, cache_tokens=8192, page_size=16, prefill_chunk=64, mixed_chunk=64
+        checkpoint, "float32", max_sequences=32, cache_tokens=4096, page_size=16, prefill_chunk=64, mixed_chunk=64
     )
 
 

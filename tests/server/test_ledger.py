@@ -14,7 +14,7 @@ import time
 import pytest
 
 from ernie_jax.errors import UserError
-from ernie_jax.server.ledger import Entry, Ledger, Prices, Total, totals
+from ernie_jax.server.ledger import OPEN, Entry, Ledger, Prices, Total, totals
 
 NOON = datetime.datetime(2026, 11, 1, 12, tzinfo=datetime.UTC).timestamp()
 DAY = 24 * 60 * 60
@@ -40,7 +40,7 @@ def rows(path):
 def test_rows_are_what_was_recorded(path):
     ledger = Ledger(path)
     given = entry(prompt=7, cached=4, generated=3, request_id="req-'\"\n", status=499)
-    assert ledger.record(given).result() is None
+    assert ledger.record(given).result() == 1
     ledger.close()
     ledger.close()
     assert rows(path) == [(NOON, "req-'\"\n", "alice", "ernie", "/v1/completions", 7, 4, 3, 499)]
@@ -72,8 +72,9 @@ def test_exact_under_many_threads(path):
     ledger.close()
     assert len({row[1] for row in rows(path)}) == len(rows(path)) == threads * each
     prompt = sum(range(each)) * threads // 4
+    count = threads // 4 * each
     expected = [
-        Total(f"key-{key}", None, threads // 4 * each, prompt, each * sum(range(key, threads, 4)), threads // 4 * each)
+        Total(f"key-{key}", None, count, 0, prompt, each * sum(range(key, threads, 4)), count)
         for key in range(4)
     ]
     assert totals(path) == expected
@@ -100,9 +101,37 @@ def test_closing_while_others_record_loses_nothing_that_was_taken(path):
     assert sorted(row[1] for row in rows(path)) == sorted(taken)
 
 
+def test_an_entry_takes_the_place_of_an_earlier_one(path):
+    ledger, lock = Ledger(path), sqlite3.connect(path, isolation_level=None)
+    before = [ledger.record(entry(request_id=str(index), status=OPEN)) for index in range(3)]
+    before[2].result()
+    lock.execute("BEGIN IMMEDIATE")  # so that what follows is one transaction
+    ledger.record(entry(request_id="x"))
+    time.sleep(0.1)
+    ledger.record(entry(request_id="1", generated=5), before[1])
+    new = ledger.record(entry(request_id="3", status=OPEN))
+    newer = ledger.record(entry(request_id="3", generated=6, status=499), new)
+    (total,) = totals(path)
+    assert (total.requests, total.unfinished) == (3, 3)
+    lock.execute("COMMIT")
+    lock.close()
+    assert new.result() == newer.result() == 5
+    lost = ledger.record(entry(request_id="\ud800", status=OPEN))
+    assert isinstance(lost.exception(), UnicodeEncodeError)
+    assert ledger.record(entry(request_id="4", generated=7), lost).result() == 6
+    with pytest.raises(UserError, match="1 requests"):
+        ledger.close()
+    assert [(row[1], *row[-2:]) for row in rows(path)] == [
+        *(("0", 1, OPEN), ("1", 5, 200), ("2", 1, OPEN)),
+        *(("x", 1, 200), ("3", 6, 499), ("4", 7, 200)),
+    ]
+    (total,) = totals(path)
+    assert (total.requests, total.unfinished) == (6, 2)
+
+
 WRITER = """
 import itertools, sys, threading
-from ernie_jax.server.ledger import Entry, Ledger
+from ernie_jax.server.ledger import OPEN, Entry, Ledger
 ledger, lock = Ledger(sys.argv[1]), threading.Lock()
 
 def work(number):
@@ -159,7 +188,7 @@ def test_a_row_that_cannot_be_written_spoils_no_other(path):
     missing = ledger.record(entry(key=None))
     lock.execute("COMMIT")
     lock.close()
-    assert first.result() is written[0].result() is written[2].result() is None
+    assert [row.result() for row in (first, written[0], written[2])] == [1, 2, 3]
     with pytest.raises(UnicodeEncodeError):
         written[1].result()
     with pytest.raises(sqlite3.IntegrityError):
@@ -184,23 +213,23 @@ def test_totals_by_key_and_day(path):
         ledger.record(entry("bob", moment, prompt=10**index))
     ledger.record(entry("alice", NOON, prompt=100, cached=64, generated=7))
     ledger.close()
-    alice = Total("alice", "2026-11-01", 1, 100, 64, 7)
+    alice = Total("alice", "2026-11-01", 1, 0, 100, 64, 7)
     assert totals(path, by_day=True) == [
         alice,
-        Total("bob", "2026-10-31", 1, 1, 0, 1),
-        Total("bob", "2026-11-01", 3, 1110, 0, 3),
-        Total("bob", "2026-11-02", 1, 10_000, 0, 1),
-        Total("bob", "2026-11-04", 1, 100_000, 0, 1),
+        Total("bob", "2026-10-31", 1, 0, 1, 0, 1),
+        Total("bob", "2026-11-01", 3, 0, 1110, 0, 3),
+        Total("bob", "2026-11-02", 1, 0, 10_000, 0, 1),
+        Total("bob", "2026-11-04", 1, 0, 100_000, 0, 1),
     ]
-    assert totals(path) == [Total("alice", None, 1, 100, 64, 7), Total("bob", None, 6, 111_111, 0, 6)]
+    assert totals(path) == [Total("alice", None, 1, 0, 100, 64, 7), Total("bob", None, 6, 0, 111_111, 0, 6)]
     first = datetime.date(2026, 11, 1)
     assert [total.prompt_tokens for total in totals(path, since=first)] == [100, 111_110]
-    assert totals(path, first, first, by_day=True) == [alice, Total("bob", "2026-11-01", 3, 1110, 0, 3)]
+    assert totals(path, first, first, by_day=True) == [alice, Total("bob", "2026-11-01", 3, 0, 1110, 0, 3)]
     assert totals(path, since=datetime.date(2027, 1, 1)) == []
 
 
 def test_prices():
-    total = Total("alice", None, 1, 3_000_000, 1_000_000, 500_000)
+    total = Total("alice", None, 1, 0, 3_000_000, 1_000_000, 500_000)
     assert total.cost(Prices()) == 0
     assert total.cost(Prices(input=2, output=4)) == pytest.approx(8)
     assert total.cost(Prices(input=2, output=4, cached=0.5)) == pytest.approx(6.5)

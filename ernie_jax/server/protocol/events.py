@@ -23,6 +23,10 @@ def named_event(data: Mapping[str, Any]) -> bytes:
 def _json(data: Mapping[str, Any]) -> bytes:
     # Text may have half of a surrogate pair, from an escape in a request that is echoed: then all is escaped.
     try:
-        return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+        return _encode(data).encode()
     except UnicodeEncodeError:
         return json.dumps(data, separators=(",", ":")).encode()
+
+
+# json.dumps would make an encoder every time, which takes longer than a token's event.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
