@@ -13,7 +13,8 @@ from ernie_jax.engine.batching import Run, StepShape, build_step, pack
 from ernie_jax.engine.cache import make_pages
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
-from ernie_jax.model import Ernie, forward, initialize
+from ernie_jax.model import Ernie, initialize
+from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import make_layout, single
 
 TOLERANCE = 1e-4
@@ -71,19 +72,18 @@ def reference(config, routing):
 
 
 def forward_with_leads(model, tokens):
-    leads, chosen = [], []
+    """Return what `forward` does, by how much the last chosen score led the next, and the chosen experts."""
 
-    def record(layer, x, backends):
-        out = type(layer).__call__(layer, x, backends)
-        scores = jnp.sort(out.probabilities + layer.correction_bias[...], axis=-1)
-        leads.append(scores[:, -layer.k] - scores[:, -layer.k - 1])
-        chosen.append(out.experts)
-        return out
+    def attend(q, k, v, cache):
+        return packed_attention(q, k, v, jnp.zeros_like(tokens)), cache
 
-    for layer in model.layers:
-        if hasattr(layer.mlp, "router"):
-            object.__setattr__(layer.mlp, "router", functools.partial(record, layer.mlp.router))
-    return forward(model, tokens), jnp.stack(leads), jnp.stack(chosen)
+    out = model(tokens, jnp.arange(tokens.shape[1])[None], attend)
+    routers = [layer.mlp.router for layer in model.layers if hasattr(layer.mlp, "router")]
+    leads = []
+    for router, routed in zip(routers, out.routing, strict=True):
+        scores = jnp.sort(routed.probabilities + router.correction_bias[...], axis=-1)
+        leads.append(scores[:, -router.k] - scores[:, -router.k - 1])
+    return model.logits(out.hidden), jnp.stack(leads), jnp.stack([routed.experts for routed in out.routing])
 
 
 def decided_prompts(rng, config, routing, lengths):
