@@ -72,8 +72,12 @@ def reference(config, routing):
 
 
 def forward_with_leads(model, tokens):
-    positions, document = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.zeros_like(tokens)
-    out = model(tokens, positions, lambda q, k, v, cache: (packed_attention(q, k, v, document), cache))
+    """Return what `forward` does, by how much the last chosen score led the next, and the chosen experts."""
+
+    def attend(q, k, v, cache):
+        return packed_attention(q, k, v, jnp.zeros_like(tokens)), cache
+
+    out = model(tokens, jnp.arange(tokens.shape[1])[None], attend)
     routers = [layer.mlp.router for layer in model.layers if hasattr(layer.mlp, "router")]
     leads = []
     for router, routed in zip(routers, out.routing, strict=True):

@@ -3,12 +3,14 @@
 import queue
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ernie_jax.channel import Frame
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
-from ernie_jax.sharding import single
+from ernie_jax.model import Ernie, initialize
+from ernie_jax.sharding import make_layout, single
 
 PAGE = 16
 OPTIONS = EngineOptions(cache_tokens=8 * PAGE, max_sequences=4, prefill_chunk=32, mixed_chunk=16, page_size=PAGE)
@@ -113,6 +115,25 @@ def test_a_follower_begins_anew_with_the_leader(engines, rng):
         drain(leader)
     follower.follow(pipe)
     check_equal(leader, follower)
+
+
+def test_experts_that_data_groups_tell_each_other(tiny_config, rng):
+    """Where groups exchange tokens only all processes together can say which experts the rows have."""
+    layout = make_layout(tiny_config, jax.devices()[:2], "expert:2", "exchange")
+    model = Ernie(tiny_config, jnp.float32)
+    initialize(model, layout)
+    leader, follower = (Engine(model, layout, OPTIONS) for _ in range(2))
+    pipe = Pipe()
+    with leader.lead(pipe):
+        params = SamplingParams(max_new_tokens=5, temperature=0.0, ignore_eos=True)
+        leader.submit(rng.integers(3, 300, 20).tolist(), params)
+        drain(leader)
+        assert "experts" not in pipe.words
+        leader.submit(rng.integers(3, 300, 20).tolist(), params, include_routing=True)
+        assert all(event.experts.shape == (2, 2) for event in drain(leader))
+        assert pipe.words.count("experts") == 5
+    follower.follow(pipe)
+    np.testing.assert_array_equal(*(engine._devices.experts() for engine in (leader, follower)))
 
 
 def test_steps_that_follow_are_small(engines, rng):

@@ -136,6 +136,19 @@ def test_32_streams_say_what_one_process_says(pair, running):
     assert pair.processes.printed(1) == ""
 
 
+def test_experts(pair):
+    """Process 0 knows those of all tokens, whichever process has their sequence."""
+    before = pair.metric("ernie_expert_tokens_total")
+    prompts = [f"{index} cubits was the height thereof" for index in range(6)]
+    body = {"prompt": prompts, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "include_routing": True}
+    answer = pair.complete(**body)
+    for choice in answer["choices"]:
+        assert [len(token) for token in choice["routing"]["experts"]] == [5] * 4
+    usage = answer["usage"]
+    computed = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] + 6 * 3
+    assert pair.metric("ernie_expert_tokens_total") - before == 5 * 2 * computed
+
+
 def test_log_probabilities_of_a_prompt(pair):
     """They are computed between two steps, by all processes."""
     logprobs = pair.complete(prompt=PROMPTS[0], max_tokens=1, echo=True, logprobs=1, temperature=0)["choices"][0]
