@@ -191,7 +191,7 @@ def test_the_command_serves_until_sigterm(checkpoint, cache):
             lines.append(process.stderr.readline())
             assert lines[-1], lines
         assert "sequences" in lines[-3] and "float32" in lines[-3]
-        url = lines[-2].split()[-1]
+        url = f"{lines[-2].split()[-1]}/v1"  # the last word is the chat page's address
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         stream = client.completions.create(
             model="small", prompt="a", max_tokens=100, stream=True, extra_body={"ignore_eos": True}
