@@ -5,20 +5,20 @@ import json
 
 import pytest
 
-from ernie_jax.server.ledger import Entry, Ledger
+from ernie_jax.server.ledger import OPEN, Entry, Ledger
 
 
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("ledger") / "ledger.sqlite")
     book = Ledger(path)
-    for day, key, prompt, cached, generated in (
-        (1, "bob", 1_000_000, 0, 500_000),
-        (2, "alice", 40, 32, 10),
-        (3, "bob", 2_000_000, 1_000_000, 0),
+    for day, key, prompt, cached, generated, status in (
+        (1, "bob", 1_000_000, 0, 500_000, 200),
+        (2, "alice", 40, 32, 10, 200),
+        (3, "bob", 2_000_000, 1_000_000, 0, OPEN),
     ):
         time = datetime.datetime(2026, 11, day, 9, tzinfo=datetime.UTC).timestamp()
-        book.record(Entry(time, "r", key, "m", "/v1/completions", prompt, cached, generated, 200))
+        book.record(Entry(time, "r", key, "m", "/v1/completions", prompt, cached, generated, status))
     book.close()
     return path
 
@@ -31,10 +31,10 @@ def table(result):
 def test_a_row_a_key(run, ledger):
     result = run("usage", f"--ledger={ledger}")
     assert table(result) == [
-        ["key", "requests", "prompt", "cached", "generated"],
-        ["alice", "1", "40", "32", "10"],
-        ["bob", "2", "3,000,000", "1,000,000", "500,000"],
-        ["total", "3", "3,000,040", "1,000,032", "500,010"],
+        ["key", "requests", "unfinished", "prompt", "cached", "generated"],
+        ["alice", "1", "0", "40", "32", "10"],
+        ["bob", "2", "1", "3,000,000", "1,000,000", "500,000"],
+        ["total", "3", "1", "3,000,040", "1,000,032", "500,010"],
     ]
     assert len({len(line) for line in result.out.splitlines()}) == 1
 
@@ -49,7 +49,7 @@ def test_cost(run, ledger):
 def test_days(run, ledger):
     rows = table(run("usage", f"--ledger={ledger}", "--by_day", "--since=2026-11-02", "--until=2026-11-03"))
     assert [row[:3] for row in rows[1:3]] == [["alice", "2026-11-02", "1"], ["bob", "2026-11-03", "1"]]
-    assert rows[3] == ["total", "2", "2,000,040", "1,000,032", "10"]
+    assert rows[3] == ["total", "2", "1", "2,000,040", "1,000,032", "10"]
     assert table(run("usage", f"--ledger={ledger}", "--since=2026-12-01")) == [["no", "requests"]]
 
 
@@ -58,6 +58,7 @@ def test_json(run, ledger):
     assert json.loads(result.out) == {
         "key": "bob",
         "requests": 1,
+        "unfinished": 1,
         "prompt_tokens": 2_000_000,
         "cached_tokens": 1_000_000,
         "generated_tokens": 0,
