@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
 import pathlib
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -135,6 +138,28 @@ def running(
             with contextlib.suppress(RuntimeError):
                 server.loop.call_soon_threadsafe(setattr, server.listener, "should_exit", True)
         thread.join()
+
+
+@contextlib.contextmanager
+def serving(checkpoint: pathlib.Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
+    """Run the command; yields the process, its URL and the lines of its stderr, to which more come until the end."""
+    command = [sys.executable, "main.py", "serve", f"--model={checkpoint}", "--port=0", "--name=small", *flags]
+    command += ["--dtype=float32", "--cache_tokens=4096", "--max_sequences=4", "--nowarm_up"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        lines: list[str] = []
+        while not (lines and lines[-1].startswith("curl ")):
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        drain = threading.Thread(target=lines.extend, args=(process.stderr,))  # a full pipe would stop the server
+        drain.start()
+        yield process, lines[-2].split()[-1], lines  # the last word is the chat page's address
+    finally:
+        process.kill()
+        process.wait()
+    drain.join()
+    process.stderr.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

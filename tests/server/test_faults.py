@@ -3,13 +3,9 @@
 import contextlib
 import itertools
 import json
-import os
-import pathlib
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,7 +14,7 @@ import pytest
 
 from ernie_jax.server.hooks import FileLedger
 from ernie_jax.server.ledger import OPEN, Ledger, totals
-from tests.server.conftest import running
+from tests.server.conftest import running, serving
 from tests.server.test_load import NAME, PATIENCE, PROMPTS, post, wait_for
 
 CLIENTS = 6
@@ -92,29 +88,6 @@ class Clients:
         return told
 
 
-@contextlib.contextmanager
-def serving(checkpoint, *flags):
-    """Run the command; yields the process and its URL."""
-    root = pathlib.Path(__file__).parents[2]
-    command = [sys.executable, "main.py", "serve", f"--model={checkpoint}", "--port=0", "--name=small", *flags]
-    command += ["--dtype=float32", "--cache_tokens=4096", "--max_sequences=4", "--nowarm_up"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""}
-    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        lines = []
-        while not (lines and lines[-1].startswith("serving ")):
-            lines.append(process.stderr.readline())
-            assert lines[-1], lines
-        drain = threading.Thread(target=process.stderr.read)  # a full pipe would stop the server
-        drain.start()
-        yield process, lines[-1].split()[-1].removesuffix("/v1")
-    finally:
-        process.kill()
-        process.wait()
-    drain.join()
-    process.stderr.close()
-
-
 def check(path, clients):
     """Hold the ledger to what clients were told."""
     found = rows(path)
@@ -127,7 +100,7 @@ def check(path, clients):
 def test_a_killed_server_has_billed_all_that_was_answered_and_nothing_twice(checkpoint, cache, tmp_path):
     path = str(tmp_path / "usage.db")
     for life in range(2):
-        with serving(checkpoint, f"--ledger={path}") as (process, url):
+        with serving(checkpoint, f"--ledger={path}") as (process, url, _):
             clients = Clients(url, f"{life}-")
             wait_for(lambda clients=clients: len(clients.done) >= 5, PATIENCE)
             time.sleep(random.random())
@@ -145,7 +118,7 @@ def test_a_killed_server_has_billed_all_that_was_answered_and_nothing_twice(chec
 
 def test_sigterm_during_streams_ends_cleanly_with_an_exact_ledger(checkpoint, cache, tmp_path):
     path = str(tmp_path / "usage.db")
-    with serving(checkpoint, f"--ledger={path}", "--drain_seconds=0.05") as (process, url):
+    with serving(checkpoint, f"--ledger={path}", "--drain_seconds=0.05") as (process, url, _):
         clients = Clients(url)
         wait_for(lambda: len(clients.done) >= 5, PATIENCE)
         process.send_signal(signal.SIGTERM)

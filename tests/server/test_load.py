@@ -4,11 +4,7 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import httpx2
@@ -18,7 +14,7 @@ import pytest
 from ernie_jax.errors import UserError
 from ernie_jax.server.protocol import ApiError
 from ernie_jax.text import guidance
-from tests.server.conftest import running
+from tests.server.conftest import running, serving
 
 NAME = "ernie-embedded"
 PROMPTS = ("In the beginning God created", "And it came to pass", "Thus saith the LORD", "李白\n", "a")
@@ -179,29 +175,16 @@ def test_a_drain_gives_up_in_the_end(llm):
     llm.engine.reset()
 
 
-def test_the_command_serves_until_sigterm(checkpoint, cache):
-    root = pathlib.Path(__file__).parents[2]
-    command = [sys.executable, "main.py", "serve", f"--model={checkpoint}", "--port=0", "--name=small"]
-    command += ["--dtype=float32", "--cache_tokens=4096", "--max_sequences=2", "--nowarm_up"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""}
-    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        lines = []
-        while not (lines and lines[-1].startswith("curl ")):
-            lines.append(process.stderr.readline())
-            assert lines[-1], lines
+def test_the_command_serves_until_sigterm(checkpoint):
+    with serving(checkpoint) as (process, url, lines):
         assert "sequences" in lines[-3] and "float32" in lines[-3]
-        url = f"{lines[-2].split()[-1]}/v1"  # the last word is the chat page's address
-        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(
             model="small", prompt="a", max_tokens=100, stream=True, extra_body={"ignore_eos": True}
         )
         next(stream)
         process.send_signal(signal.SIGTERM)
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
-        _, err = process.communicate(timeout=20)
-        assert process.returncode == 0, err
-        record = json.loads(err.strip().splitlines()[-1])
-        assert record["endpoint"] == "/v1/completions" and record["tokens"]["generated"] == 100
-    finally:
-        process.kill()
+        assert process.wait(20) == 0, lines
+    record = json.loads(lines[-1])
+    assert record["endpoint"] == "/v1/completions" and record["tokens"]["generated"] == 100
