@@ -79,7 +79,8 @@ struct Sizes {
   int tokens, k, experts, width, inner, shared;  // T, k, E, D, F, and the shared experts' F or 0
 };
 
-// hidden[pair, F] = weight * swiglu(x gate^T, x up^T); a block computes 8 NP columns of one expert's pairs.
+// hidden[pair, F] = weight * swiglu(x gate^T, x up^T); a block computes 8 NP columns of one expert's pairs. Those of the
+// shared experts come first, and where the kernel is launched early they do not wait until the others are chosen.
 template <int NP, int MT, int STAGES, bool ONE>
 __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
     up_kernel(const bf16* __restrict__ x, const int* __restrict__ chosen, const int* __restrict__ first,
@@ -133,13 +134,11 @@ __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
     if (from) __syncthreads();
     float acc[MT][NT][4] = {};
     const int live = min(MT, (rows - from + 15) / 16);
-    // The shared experts' weights may be on their way before it is known which others follow. The next kernel reads
-    // what this one waited for.
-    const auto ready = [] {
-      wait_for_previous();
+    const auto ready = [&] {
+      if (shared) rely_on_previous_wait();
       launch_next();
     };
-    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, ready, Unchanged());
+    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, ready);
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       if (m >= live) break;
@@ -179,6 +178,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t expert = experts[piece / per_expert];
     return down + (expert * z.width + column + row) * z.inner + piece % per_expert * 256 + place;
   };
+  launch_next();
   auto fetch_first = [&] {
     const bf16* w = weights(warp);
 #pragma unroll
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const bf16* __restrict__
     if (from) __syncthreads();
     float acc[MT][NT][4] = {};
     const int live = min(MT, (rows - from + 15) / 16);
-    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, [] {}, Unchanged());
+    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, [] {});
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       if (m >= live) break;

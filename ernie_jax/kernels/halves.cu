@@ -8,17 +8,47 @@
 namespace ernie {
 namespace {
 
+// out[t] = RMSNorm of row t of x [T, K], by a block; rounded where the model's is.
+__global__ void __launch_bounds__(kThreads) norm_kernel(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                                                        bf16* __restrict__ out, int k, float epsilon) {
+  __shared__ float sums[kWarps];
+  const bf16* row = x + (int64_t)blockIdx.x * k;
+  bf16* target = out + (int64_t)blockIdx.x * k;
+  launch_next();
+  wait_for_previous();
+  float sum = 0;
+  for (int i = threadIdx.x * 4; i < k; i += kThreads * 4) {
+    const float4 v = router::load4(row + i);
+    router::add_product(sum, v, v);
+  }
+  sum = sum_of_warp(sum);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += sums[w];
+  const float scale = rsqrtf(sum / k + epsilon);
+  for (int i = threadIdx.x * 4; i < k; i += kThreads * 4)
+    router::store4(target + i, router::normalise(router::load4(row + i), scale, router::load4(weight + i)));
+}
+
+void run_norm(cudaStream_t stream, const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight, bf16* out, float epsilon) {
+  const int tokens = x.dimensions()[0], width = x.dimensions()[1];
+  launch(stream, norm_kernel, {tokens, kThreads, 0, 1, true}, data<bf16>(x), data<bf16>(weight), out, width, epsilon);
+}
+
 // out = attention(norm(x)), or x + that; see ops/halves.py.
 ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer qkv_weight,
                           ffi::AnyBuffer out_weight, ffi::AnyBuffer rotation, ffi::AnyBuffer, ffi::AnyBuffer positions,
                           ffi::AnyBuffer rows, ffi::AnyBuffer table, ffi::Result<ffi::AnyBuffer> out,
-                          ffi::Result<ffi::AnyBuffer> pages, ffi::Result<ffi::AnyBuffer> qkv,
-                          ffi::Result<ffi::AnyBuffer> heads, ffi::Result<ffi::AnyBuffer> partials, float epsilon,
+                          ffi::Result<ffi::AnyBuffer> pages, ffi::Result<ffi::AnyBuffer> normalised,
+                          ffi::Result<ffi::AnyBuffer> qkv, ffi::Result<ffi::AnyBuffer> heads, ffi::Result<ffi::AnyBuffer> partials, float epsilon,
                           int64_t residual) {
   const int tokens = x.dimensions()[0], width = x.dimensions()[1];
   const int kv_heads = qkv_weight.dimensions()[0], lines = qkv_weight.dimensions()[1], dim = qkv_weight.dimensions()[2];
-  run_linear(stream, {data<bf16>(x), data<bf16>(norm), data<bf16>(qkv_weight), nullptr, data<bf16>(*qkv), tokens,
-                      kv_heads * lines * dim, width, epsilon});
+  run_norm(stream, x, norm, data<bf16>(*normalised), epsilon);
+  run_linear(stream, {data<bf16>(*normalised), data<bf16>(qkv_weight), nullptr, data<bf16>(*qkv), tokens,
+                      kv_heads * lines * dim, width}, true);
   attention::Step step;
   step.q = data<bf16>(*qkv), step.k = step.q + (lines - 2) * dim, step.v = step.k + dim;
   step.line = lines * dim;
@@ -29,8 +59,8 @@ ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer 
   step.sequences = table.dimensions()[0], step.width = table.dimensions()[1];
   step.out = data<bf16>(*heads), step.partials = data<float>(*partials);
   attention::run(stream, step, partials->dimensions()[0], true);
-  run_linear(stream, {data<bf16>(*heads), nullptr, data<bf16>(out_weight), residual ? data<bf16>(x) : nullptr,
-                      data<bf16>(*out), tokens, width, kv_heads * (lines - 2) * dim, 0}, true);
+  run_linear(stream, {data<bf16>(*heads), data<bf16>(out_weight), residual ? data<bf16>(x) : nullptr,
+                      data<bf16>(*out), tokens, width, kv_heads * (lines - 2) * dim}, true);
   return launch_status("attention half");
 }
 
@@ -44,11 +74,12 @@ ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer no
                         ffi::Result<ffi::AnyBuffer> shared_hidden, float norm_min, float epsilon, int64_t residual) {
   const auto shape = gate_up.dimensions();  // [E, 2, F, D]
   const int k = chosen->dimensions()[1], width = shape[3];
-  const router::Problem problem = {data<bf16>(x),
-                                   data<bf16>(norm),
+  run_norm(stream, x, norm, data<bf16>(*normalised), epsilon);
+  const router::Problem problem = {data<bf16>(*normalised),
+                                   nullptr,
                                    data<float>(router),
                                    data<float>(bias),
-                                   data<bf16>(*normalised),
+                                   nullptr,
                                    data<int>(*chosen),
                                    data<bf16>(*weights),
                                    data<float>(*probabilities),
@@ -58,10 +89,10 @@ ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer no
                                    (int)router.dimensions()[0],
                                    k,
                                    norm_min,
-                                   epsilon};
-  router::run(stream, problem, true);
+                                   0};
+  router::run(stream, problem, true, true);
   const experts::Sizes z{1, k, (int)shape[0], width, (int)shape[2], (int)shared_gate_up.dimensions()[1]};
-  const experts::Operands o{problem.normalised,  problem.experts,       data<int>(first),
+  const experts::Operands o{problem.x,           problem.experts,       data<int>(first),
                             problem.weights,     data<bf16>(gate_up),   data<bf16>(down),
                             data<bf16>(shared_gate_up), data<bf16>(shared_down), residual ? data<bf16>(x) : nullptr,
                             data<bf16>(*out),    data<bf16>(*hidden),   data<bf16>(*shared_hidden),
@@ -85,6 +116,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_attention_half, ernie::attention_half,
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()

@@ -36,12 +36,17 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
 }
 
 // In a kernel launched early (`Shape::early`): wait until the kernel before it is done and what it wrote is here. Before
-// this a kernel may read only what no kernel of the same handler writes, and write nothing to global memory.
+// this a kernel may read only what no kernel of the step writes, and write nothing to global memory. Every kernel
+// launched early must call it in some block, so that the one behind it waits for all that went before.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// In a kernel launched early: rely on the one before it having said `launch_next` only after its own wait, so that
+// whatever was before that one is done. What it wrote itself needs a `wait_for_previous` still.
+__device__ __forceinline__ void rely_on_previous_wait() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Let the next kernel start where it is launched early, once all blocks have said so or are done.
 __device__ __forceinline__ void launch_next() {

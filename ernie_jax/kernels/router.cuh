@@ -118,6 +118,10 @@ __device__ __forceinline__ void partial_logits(const Problem& p, int split, int 
             copy_async(ws + e * kStride + 4 * f, weight + (int64_t)e * p.width + 4 * f);
         commit_copies();
       }
+      if (start) {
+        wait_for_previous();
+        launch_next();  // not before, so that the next kernel may rely on this wait
+      }
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int t = warp + kWarps * i;
@@ -262,7 +266,6 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(Problem p) {
   float* shared = dynamic_shared<float>();
   float* inbox = shared + kSharedBytes<M> / 4;                // [kOwned, kSplits, E]
   float* bias = inbox + kOwned<M> * kSplits * p.count;  // [E]
-  launch_next();
   auto cluster = cg::this_cluster();
   const int rank = cluster.block_rank(), first = blockIdx.x / kSplits * M;
   __cluster_barrier_arrive_relaxed();
@@ -320,10 +323,10 @@ constexpr size_t shared_bytes(int experts) {
 }
 
 template <int M>
-void run(cudaStream_t stream, const Problem& p, bool clusters) {
+void run(cudaStream_t stream, const Problem& p, bool clusters, bool early) {
   const int blocks = kSplits * ((p.tokens + M - 1) / M);
   if (clusters) {
-    launch(stream, cluster_kernel<M>, {blocks, kThreads, shared_bytes<M>(p.count), kSplits}, p);
+    launch(stream, cluster_kernel<M>, {blocks, kThreads, shared_bytes<M>(p.count), kSplits, early}, p);
     return;
   }
   launch(stream, partial_kernel<M>, {blocks, kThreads, kSharedBytes<M>}, p);
@@ -332,21 +335,21 @@ void run(cudaStream_t stream, const Problem& p, bool clusters) {
 
 // Tokens of a cluster: as few as keep at most eight clusters busy, since a GPU's processors come in about as many
 // neighbourhoods and each reads all the weights anyway.
-inline void run(cudaStream_t stream, const Problem& p, bool may_cluster) {
+inline void run(cudaStream_t stream, const Problem& p, bool may_cluster, bool early = false) {
   int device = 0, room = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const bool clusters = may_cluster && capability() >= 9;
   if (p.tokens <= 8)
-    run<1>(stream, p, clusters);
+    run<1>(stream, p, clusters, early);
   else if (p.tokens <= 16)
-    run<2>(stream, p, clusters);
+    run<2>(stream, p, clusters, early);
   else if (p.tokens <= 32)
-    run<4>(stream, p, clusters);
+    run<4>(stream, p, clusters, early);
   else if (p.tokens <= 64 || room < shared_bytes<16>(p.count))
-    run<8>(stream, p, clusters);
+    run<8>(stream, p, clusters, early);
   else
-    run<16>(stream, p, clusters);
+    run<16>(stream, p, clusters, early);
 }
 
 }  // namespace

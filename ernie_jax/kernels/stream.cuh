@@ -28,20 +28,14 @@ struct Lines {
   }
 };
 
-// An `adjust` that does nothing.
-struct Unchanged {
-  __device__ __forceinline__ void operator()(Lines&, int) const {}
-};
-
 // Add to acc[m][n] the product of 16 MT rows of x and 8 NT rows of weights over `steps` times 32 of K.
 //
 // w[n] points at this lane's place in weight row 8 n + lane / 4, x[m][h] at its place in row 16 m + 8 h + lane / 4 of x
 // or is null where there is no such row; m-tiles from `live` on have none. STAGES steps of weights are on their way.
-// `ready` is called once, before x is read; `adjust` with every line that was, and its place from x[m][h] on.
-template <int NT, int MT, int STAGES, typename Ready, typename Adjust>
+// `ready` is called once, before x is read.
+template <int NT, int MT, int STAGES, typename Ready>
 __device__ __forceinline__ void accumulate(Room<NT, STAGES>& room, float (&acc)[MT][NT][4], const bf16* const (&w)[NT],
-                                           const bf16* const (&x)[MT][2], int steps, int live, Ready ready,
-                                           Adjust adjust) {
+                                           const bf16* const (&x)[MT][2], int steps, int live, Ready ready) {
   uint4(*ring)[NT][32] = room.ring[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
   Lines a[STAGES][MT];
@@ -55,10 +49,7 @@ __device__ __forceinline__ void accumulate(Room<NT, STAGES>& room, float (&acc)[
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) fetch(s, s);
   ready();
-  const auto load = [&](int m, int step, int stage) {
-    a[stage][m].load(x[m], step * 32);
-    adjust(a[stage][m], step * 32);
-  };
+  const auto load = [&](int m, int step, int stage) { a[stage][m].load(x[m], step * 32); };
 #pragma unroll
   for (int s = 0; s < STAGES; ++s)
 #pragma unroll

@@ -100,6 +100,7 @@ def _cuda_attention(x, norm_weight, epsilon, qkv_weight, out_weight, angles, pag
         [
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((tokens, kv_heads, lines, head_dim), x.dtype),
             jax.ShapeDtypeStruct((tokens, kv_heads, group, head_dim), x.dtype),
             partial_results(group),

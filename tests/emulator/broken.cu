@@ -31,6 +31,7 @@ enum Mistake {
   kNoBarrierAfterAtomic,
   kEarlyTouchesOutput,
   kEarlyNeverWaits,
+  kReliesOnHasty,
   kNoClusterBarrier,
   kMapsTooEarly,
   kTooMuchShared,
@@ -43,7 +44,10 @@ __global__ void __launch_bounds__(kThreads) broken_kernel(const float* x, float*
   __shared__ unsigned sum;
   float* dynamic = dynamic_shared<float>();
   const int i = threadIdx.x, next = (i + 1) % kThreads, lane = i % 32;
-  if (mistake != kEarlyTouchesOutput && mistake != kEarlyNeverWaits) wait_for_previous();
+  if (mistake == kReliesOnHasty)
+    rely_on_previous_wait();
+  else if (mistake != kEarlyTouchesOutput && mistake != kEarlyNeverWaits)
+    wait_for_previous();
   const bool sparse = mistake == kUnwritten;
   if (!(sparse && i == 5)) values[i] = x[blockIdx.x * kThreads + i];
   if (mistake != kNoBarrier) __syncthreads();
@@ -129,7 +133,13 @@ __global__ void __launch_bounds__(kThreads) broken_kernel(const float* x, float*
   if (mistake == kEarlyTouchesOutput) wait_for_previous();
 }
 
-// As above, but by way of the other block of a cluster.
+// Lets the next kernel start before it has waited itself.
+__global__ void __launch_bounds__(kThreads) hasty_kernel() {
+  launch_next();
+  wait_for_previous();
+}
+
+// As `broken_kernel`, but by way of the other block of a cluster.
 __global__ void __launch_bounds__(kThreads) cluster_kernel(const float* x, float* out, Mistake mistake) {
   __shared__ float values[kThreads];
   auto cluster = cooperative_groups::this_cluster();
@@ -149,8 +159,9 @@ ffi::Error broken(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuf
   const int blocks = x.element_count() / kThreads;
   const auto* from = static_cast<const float*>(x.untyped_data());
   auto* to = static_cast<float*>(out->untyped_data());
-  const bool early = mistake == kEarlyTouchesOutput || mistake == kEarlyNeverWaits;
+  const bool early = mistake >= kEarlyTouchesOutput && mistake <= kReliesOnHasty;
   const size_t shared = mistake == kTooMuchShared ? 228 << 10 : kThreads * sizeof(float);
+  if (mistake == kReliesOnHasty) launch(stream, hasty_kernel, {1, kThreads, 0, 1, true});
   launch(stream, broken_kernel, {blocks, kThreads, shared, 1, early}, from, to, mistake);
   if (mistake == kNone || mistake == kMapsTooEarly || mistake == kNoClusterBarrier)
     launch(stream, cluster_kernel, {blocks, kThreads, 0, 2}, from, to, mistake);

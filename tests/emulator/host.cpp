@@ -66,6 +66,7 @@ void run(const Launch& launch) {
   if (!error.empty()) return;
   if (error = problem(launch); !error.empty()) return;
   launched = launch;
+  begin_launch();
   const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
   for (const unsigned at : order_of(blocks / launch.cluster)) {
     const Failure failure = run_cluster(at * launch.cluster);

@@ -53,6 +53,8 @@ Order order = Order::shuffled;
 uint64_t seed = 1, state;
 void* host;  // its stack pointer while fibers run
 Failure failure;
+// Whether some thread let the next kernel start before it had waited itself: in the kernel that runs, and the last one.
+bool hastes, hasty;
 
 unsigned draw() {  // xorshift64
   state ^= state << 13, state ^= state >> 7, state ^= state << 17;
@@ -216,6 +218,8 @@ std::string describe_deadlock() {
   return text;
 }
 
+void begin_launch() { hasty = hastes, hastes = false; }
+
 void set_order(Order new_order, uint64_t new_seed) { order = new_order, seed = new_seed; }
 
 std::string describe_order() {
@@ -369,5 +373,14 @@ void wait_for_cluster(Site site) {
 }
 
 void wait_for_previous() { current->has_waited = true; }
+
+void rely_on_previous_wait() {
+  if (hasty) fail("relies on the wait of the kernel before, which let this one start before it had waited");
+  current->has_waited = true;
+}
+
+void launch_next() {
+  if (launched.early && !current->has_waited) hastes = true;
+}
 
 }  // namespace emulator

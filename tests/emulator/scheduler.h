@@ -20,6 +20,8 @@ struct Failure {
 void set_order(Order order, uint64_t seed);
 std::string describe_order();
 
+void begin_launch();
+
 // Start a kernel's random numbers anew; in which order to run its `count` clusters.
 std::vector<unsigned> order_of(unsigned count);
 

@@ -40,6 +40,7 @@ FOUND = {
     "kNoBarrierAfterAtomic": "race: ",
     "kEarlyTouchesOutput": "writes result 0 before wait_for_previous",
     "kEarlyNeverWaits": "(before wait_for_previous|returns without wait_for_previous)",
+    "kReliesOnHasty": "relies on the wait of the kernel before, which let this one start before it had waited",
     "kNoClusterBarrier": "(race: .* of the cluster|which nobody has written)",
     "kMapsTooEarly": "before any barrier of the cluster",
     "kTooMuchShared": "are more than there are",

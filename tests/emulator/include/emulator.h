@@ -77,6 +77,8 @@ void wait_for_copies(unsigned but);
 
 // Programmatic dependent launch.
 void wait_for_previous();
+void rely_on_previous_wait();
+void launch_next();
 
 enum class Access { read, write, atomic };
 

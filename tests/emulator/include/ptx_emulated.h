@@ -41,6 +41,7 @@ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 }
 
 inline void wait_for_previous() { emulator::wait_for_previous(); }
-inline void launch_next() {}
+inline void rely_on_previous_wait() { emulator::rely_on_previous_wait(); }
+inline void launch_next() { emulator::launch_next(); }
 
 }  // namespace ernie
