@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from ernie_jax.errors import UserError
@@ -43,30 +44,35 @@ def _attend(q, pages, batch, interpret):
     tokens, kv_heads, group, head_dim = q.shape
     sequences, page_size = len(batch.kv_lengths), pages.shape[1]
     block = BLOCK if page_size % BLOCK == 0 else _LEAST_BLOCK
-    flat = jnp.pad(q.reshape(tokens, kv_heads * group, head_dim), ((0, max(0, _TILE - tokens)), (0, 0), (0, 0)))
+    flat = q.reshape(tokens, kv_heads * group, head_dim)
     if sequences == 1:
         # The tiles of one sequence lie where its tokens lie; those of padding look at one block, to come out finite.
         first = jnp.arange(-(-tokens // _TILE), dtype=jnp.int32) * _TILE
-        row, target, out_rows = jnp.zeros_like(first), first, len(flat)
-        live = first < batch.starts[1]
+        flat = jnp.pad(flat, ((0, len(first) * _TILE - tokens), (0, 0), (0, 0)))
+        row, live = jnp.zeros_like(first), first < batch.starts[1]
         position = jnp.where(live, batch.positions[0] + first, 0)
         blocks = jnp.where(live, -(-jnp.minimum(position + _TILE, batch.kv_lengths[0]) // block), 1)
     else:
+        # Others' tokens are gathered: the kernel copies groups of 8 rows, and sequences begin anywhere.
         count = -(-jnp.diff(batch.starts) // _TILE)  # tiles of each sequence
         ends = jnp.cumsum(count)
         index = jnp.arange(tokens // _TILE + sequences, dtype=jnp.int32)
         row = jnp.minimum((ends <= index[:, None]).sum(1, dtype=jnp.int32), sequences - 1)
         before = (index - (ends - count)[row]) * _TILE  # tokens of the sequence in front of the tile
-        first, target, out_rows = batch.starts[row] + before, index * _TILE, len(index) * _TILE
+        source = (batch.starts[row] + before)[:, None] + jnp.arange(_TILE)
+        flat = flat.at[source.reshape(-1)].get(mode="clip")
+        first = index * _TILE
         position = batch.positions[jnp.minimum(batch.starts[row], tokens - 1)] + before
         blocks = -(-jnp.minimum(position + _TILE, batch.kv_lengths[row]) // block)
         blocks = jnp.where(index < ends[-1], blocks, 0)
-    tiles = jnp.stack([first, target, position, blocks, row], axis=1).astype(jnp.int32)
+    tiles = jnp.stack([first, position, blocks, row], axis=1).astype(jnp.int32)
     tiles = tiles[jnp.argsort(-blocks)]  # the longest first: no multiprocessor starts one when the others are done
-    out = attend_tiles(flat, pages, batch.page_table, tiles, out_rows, block=block, steps=STEPS, interpret=interpret)
+    # XLA would hand over a slice of the step's integers where it lies; Mosaic takes multiples of 256 bytes only.
+    table = jax.lax.optimization_barrier(batch.page_table)
+    out = attend_tiles(flat, pages, table, tiles, block=block, steps=STEPS, interpret=interpret)
     if sequences == 1:
         return out[:tokens].reshape(q.shape)
     row = jnp.minimum(batch.rows, sequences - 1)
     place = (ends - count)[row] * _TILE + jnp.arange(tokens) - batch.starts[row]
-    place = jnp.where(batch.rows < sequences, place, out_rows)
+    place = jnp.where(batch.rows < sequences, place, len(out))
     return out.at[place].get(mode="fill", fill_value=0).reshape(q.shape)

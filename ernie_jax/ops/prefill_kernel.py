@@ -19,13 +19,12 @@ ROWS = 64  # queries of a warpgroup
 TILE = 2 * ROWS
 
 
-@functools.partial(jax.jit, static_argnames=("out_rows", "block", "steps", "interpret"))  # one lowering for all layers
+@functools.partial(jax.jit, static_argnames=("block", "steps", "interpret"))  # one lowering for all layers
 def attend_tiles(
-    q: jax.Array,  # [T, N, H]
+    q: jax.Array,  # [128 n, N, H]
     pages: jax.Array,  # [P, page_size, 2K, H]
     table: jax.Array,  # [B, M] int32
-    tiles: jax.Array,  # [tiles, 5] int32
-    out_rows: int,
+    tiles: jax.Array,  # [tiles, 4] int32
     block: int = 128,
     steps: int = 2,
     interpret=None,
@@ -33,16 +32,15 @@ def attend_tiles(
     """Attend each tile of 128 consecutive tokens over the pages of one sequence.
 
     Args:
-      tiles: of each, its first token; the first of the 128 rows of the output that it writes; the position of the first
-        token; how many blocks of cached positions it looks at, 0 if it is none; its row of the table. Tokens of another
-        sequence at its end come out as if they continued this one.
-      out_rows: of the output; what a tile has beyond is dropped.
+      tiles: of each, its first row of `q` and of the output, a multiple of 128; the position of that token; how many
+        blocks of cached positions it looks at, 0 if it is none; its row of the table. Rows at its end that are not the
+        sequence's come out as if they continued it.
       block: cached positions looked at together; divides the page size.
       steps: blocks of keys, and of values, in flight.
       interpret: parameters of Pallas' interpreter, for tests.
 
     Returns:
-      [out_rows, N, H] in the dtype of `q`; rows that no tile writes are undefined.
+      [128 n, N, H] in the dtype of `q`; rows that no tile writes are undefined.
     """
     _, heads, head_dim = q.shape
     page_size, kv_heads = pages.shape[1], pages.shape[2] // 2
@@ -53,7 +51,7 @@ def attend_tiles(
         table_ref, pages_ref = refs
         k_full, v_full, k_free, v_free = barriers
         plgpu.set_max_registers(40, action="decrease")
-        row, kv = tile[4], lax.div(head, heads // kv_heads)
+        row, kv = tile[3], lax.div(head, heads // kv_heads)
 
         @pl.loop(0, blocks)
         def _(step):
@@ -78,13 +76,14 @@ def attend_tiles(
         k_full, v_full, k_free, v_free = barriers
         plgpu.set_max_registers(232, action="increase")
         q_buffer = q_buffer.at[group]
-        position = tile[2] + group * ROWS  # of the first query
+        rows = pl.ds(tile[0] + group * ROWS, ROWS)  # copies go by groups of 8, which a tile's rows are
+        position = tile[1] + group * ROWS  # of the first query
 
         def take_turn():
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(tile[0] + group * ROWS, ROWS), head], q_buffer, q_full.at[group])
+        plgpu.copy_gmem_to_smem(q_ref.at[rows, head], q_buffer, q_full.at[group])
         plgpu.barrier_wait(q_full.at[group])
         layout = plgpu.Layout.WGMMA
         maximum = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
@@ -129,17 +128,17 @@ def attend_tiles(
         pl.when(group == 0)(take_turn)
         q_buffer[...] = (out / lax.broadcast_in_dim(total, out.shape, [0])).astype(q.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_buffer, out_ref.at[pl.ds(tile[1] + group * ROWS, ROWS), head])
+        plgpu.copy_smem_to_gmem(q_buffer, out_ref.at[rows, head])
         plgpu.wait_smem_to_gmem(0)
 
     def body(tiles_ref, table_ref, q_ref, pages_ref, out_ref):
         index = lax.axis_index("work")
         which, head = lax.div(index, heads), lax.rem(index, heads)
-        tile = [tiles_ref[which, i] for i in range(5)]
+        tile = [tiles_ref[which, i] for i in range(4)]
         swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
         buffers = plgpu.SMEM((steps, block, head_dim), q.dtype, transforms=swizzled)
 
-        blocks = tile[3]
+        blocks = tile[2]
 
         @pl.when(blocks > 0)
         def _():
@@ -167,7 +166,7 @@ def attend_tiles(
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((out_rows, heads, head_dim), q.dtype),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(len(tiles) * heads,),
         grid_names=("work",),
         num_threads=3,

@@ -218,3 +218,32 @@ def check_decode(rng, lengths, kv_heads=4, group=5, page_size=128, score=1.0):
                 exact = weights @ values / weights.sum(-1, keepdims=True)
                 error = distance(out[row, head], exact)
                 assert error < BOUND, (row, head, len(slot), error)
+
+
+def check_prefill(rng, run, runs, padding, page_size, kv_heads, group):
+    """Hold run(q, pages, batch) to float64, for (cached before, new tokens) of each sequence and padding tokens."""
+    news, ends = np.array([new for _, new in runs]), np.array([sum(run) for run in runs])
+    width, rows = -(-ends.max() // page_size) + 1, len(runs) + (len(runs) > 1)  # one row may be unused
+    table = np.full((rows, width), rows * width)
+    table[: len(runs)] = rng.permutation(rows * width)[: len(runs) * width].reshape(len(runs), width)
+    total = news.sum() + padding
+    positions, row = np.zeros(total, np.int32), np.full(total, rows, np.int32)
+    positions[: news.sum()] = np.concatenate([np.arange(end - new, end) for new, end in zip(news, ends, strict=True)])
+    row[: news.sum()] = np.repeat(np.arange(len(runs)), news)
+    starts, lengths = np.full(rows + 1, news.sum()), np.zeros(rows, int)
+    starts[: len(runs)], lengths[: len(runs)] = np.cumsum(news) - news, ends
+    arrays = (jnp.asarray(a, jnp.int32) for a in (positions, row, starts, lengths, table))
+    batch = RaggedBatch(*arrays, max_query=int(total if len(runs) == 1 else news.max()))
+    pages = normal(rng, rows * width + 1, page_size, 2 * kv_heads, H)
+    q = normal(rng, total, kv_heads, group, H)
+    out = np.asarray(run(q, pages, batch), np.float64)
+    assert np.isfinite(out).all()
+    wide, pages = np.asarray(q, np.float64), np.asarray(pages, np.float64)
+    for index, (cached, new) in enumerate(runs):
+        here = slice(starts[index], starts[index] + new)
+        k, v = np.moveaxis(pages[table[index]].reshape(-1, kv_heads, 2, H)[: cached + new], 2, 0)
+        scores = np.einsum("qkrh,skh->krqs", wide[here], k) * H**-0.5
+        scores = np.where(np.arange(cached + new) <= cached + np.arange(new)[:, None], scores, -np.inf)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        expected = np.einsum("krqs,skh->qkrh", scores / scores.sum(-1, keepdims=True), v)
+        assert distance(out[here], expected) < BOUND

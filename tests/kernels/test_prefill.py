@@ -1,0 +1,46 @@
+"""Attention of many tokens against float64: our Mosaic kernel in Pallas' interpreter."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ernie_jax.ops import prefill_attention, prefill_kernel
+from tests.kernels.cases import check_prefill
+
+
+@pytest.fixture(autouse=True)
+def aligned(monkeypatch):
+    """Do the product that the interpreter does not know, and check the rows of tiles, whose alignment it ignores."""
+    attend = prefill_kernel.attend_tiles
+
+    def attend_tiles(q, pages, table, tiles, **options):
+        first = np.asarray(tiles)[:, 0]
+        assert len(q) % prefill_kernel.TILE == 0
+        assert (first % prefill_kernel.TILE == 0).all() and len(np.unique(first)) == len(first)
+        assert (first < len(q)).all()
+        return attend(q, pages, table, tiles, **options)
+
+    monkeypatch.setattr(prefill_kernel, "attend_tiles", attend_tiles)
+    monkeypatch.setattr(
+        prefill_kernel,
+        "add_product",
+        lambda out, weights, values: out + jnp.dot(weights, values[...], preferred_element_type=jnp.float32),
+    )
+
+
+# Page size, (cached before, new tokens) of each sequence, and padding tokens.
+@pytest.mark.parametrize(
+    ("page_size", "runs", "padding"),
+    [
+        (128, [(0, 1)], 6),
+        (128, [(77, 150)], 130),
+        (128, [(0, 129), (70, 1), (5, 2), (130, 128)], 0),
+        (64, [(13, 9), (200, 140), (0, 70)], 37),
+    ],
+)
+def test_attention(page_size, runs, padding, rng):
+    run = functools.partial(prefill_attention.prefill, interpret=plgpu.InterpretGPUParams())
+    check_prefill(rng, run, runs, padding, page_size, kv_heads=1, group=2)
