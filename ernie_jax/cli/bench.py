@@ -202,7 +202,7 @@ class _Bench:
             return
         self.say(f"  {directory}: " + ("one prefill" if case.kind == "prefill" else f"{profile.STEPS} steps"))
         self.say("\n".join(report.largest(found)))
-        self.found["rows"][-1]["kernels"] = [kernel._asdict() for kernel in found]
+        self.found["rows"][-1]["kernels"] = [kernel._asdict() for kernel in found.kernels]
 
     def _attempt(self, work: Callable[[], Any]) -> tuple[Any, str | None]:
         """Return what some work gives, or None and what went wrong; then the engine is made anew."""

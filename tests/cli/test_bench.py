@@ -225,14 +225,26 @@ def test_kernels_of_a_trace():
         event(1, 1, 50, 20, "ncclDevKernel_AllReduce"), event(1, 2, 0, 70, "jit_call"),
         event(2, 1, 0, 500, "gemm_1"), event(9, 1, 0, 900, "python", hlo_op="x"),
     ]  # fmt: skip
-    gemm, nccl = found = profile.kernels(events)
+    (gemm, nccl), span = found, _ = profile.read(events)
+    assert span == pytest.approx(70e-6)
     assert (gemm.name, gemm.scope, gemm.count) == ("gemm", "experts", 2)
     assert (gemm.seconds, gemm.share) == pytest.approx((40e-6, 40 / 60))
     assert profile.collective_seconds(found) == nccl.seconds == pytest.approx(20e-6)
+    # A kernel that was launched early waits, and other streams run beside: no time counts twice.
+    events = [
+        *events[:4], names("thread", 1, "Stream #14(MemcpyD2H)", tid=3),
+        event(1, 1, 0, 30, "first"), event(1, 1, 10, 40, "early"), event(1, 1, 12, 78, "earlier"),
+        event(1, 3, 20, 60, "copy"), event(1, 3, 100, 10, "late"), event(1, 1, 105, 5, "beside"),
+    ]  # fmt: skip
+    found = profile.read(events)
+    assert {kernel.name: kernel.seconds for kernel in found.kernels} == pytest.approx(
+        {"first": 30e-6, "early": 20e-6, "copy": 30e-6, "earlier": 10e-6, "late": 10e-6, "beside": 0}
+    )
+    assert (found.busy, found.span) == pytest.approx((100e-6, 110e-6))
     # A loop's own time is what its body leaves; a host alone shows XLA's ops.
     host = [names("process", 9, "/host:CPU"), event(9, 1, 0, 100, "while", hlo_op="while"),
             event(9, 1, 10, 80, "dot", hlo_op="dot"), event(9, 2, 0, 70, "wait")]  # fmt: skip
-    assert {kernel.name: kernel.seconds for kernel in profile.kernels(host)} == pytest.approx(
+    assert {kernel.name: kernel.seconds for kernel in profile.read(host).kernels} == pytest.approx(
         {"while": 20e-6, "dot": 80e-6}
     )
 
