@@ -53,14 +53,14 @@ def trace(engine: Engine, case: Case, rng: np.random.Generator, directory: str |
 
     Open the trace with Perfetto, XProf or TensorBoard. The case must have been compiled before.
     """
-    prompts = drive.random_prompts(engine, rng, case.batch, case.context)
+    prompts = drive.random_prompts(engine, rng, [case.context] * case.batch)
     drive.shuffle_pages(engine, rng)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # a trace holds so many events, and Python's own would fill it
     if isinstance(case, Prefill):
         drive.settle(engine)
         with jax.profiler.trace(directory, profiler_options=options):
-            drive.run(engine, prompts, case.new)
+            drive.run(engine, prompts, *case.runs)
     else:
         drive.start_decoding(engine, prompts, STEPS + _WARM_UP + 1)
         for _ in range(_WARM_UP):

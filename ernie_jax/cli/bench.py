@@ -135,7 +135,7 @@ class _Bench:
         """Answer a first prompt, which compiles its programs, and say how long it took from nothing to here."""
         from ernie_jax.bench import drive
 
-        prompts = drive.random_prompts(self._llm.engine, self._rng, 1, context)
+        prompts = drive.random_prompts(self._llm.engine, self._rng, [context])
         begun = time.monotonic()
         with self._traced.noting():
             _, problem = self._attempt(lambda: drive.run(self._llm.engine, prompts, 2))

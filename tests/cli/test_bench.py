@@ -59,14 +59,14 @@ def test_people_get_a_table(run, tiny, step_clock, tmp_path):
 def test_programs_get_one_object_and_a_failing_case_is_survived(run, tiny, step_clock, monkeypatch):
     real = drive.random_prompts
 
-    def break_at_48(engine, rng, batch, tokens, spread=0.0):
-        if tokens == 48:
+    def break_at_48(engine, rng, lengths):
+        if lengths == [48]:
             engine.submit([5] * 5, drive.greedy(3))
             engine.step()
             for pages in engine._devices.pages:
                 pages.delete()
             raise ValueError("the kernel\ndoes not compile")
-        return real(engine, rng, batch, tokens, spread)
+        return real(engine, rng, lengths)
 
     monkeypatch.setattr(drive, "random_prompts", break_at_48)
     arguments = ("--batch=2x16,1x48,64x900,2", "--context=16", "--prefill=", "--lengths=4,12", "--repeats=1")
@@ -140,6 +140,22 @@ def test_a_decode_step_is_a_difference_held_against_the_counted_bytes(engine, st
     assert not engine.has_work and engine.free_tokens == engine.cache_tokens
 
 
+@pytest.mark.parametrize("case", [measure.Decode(batch=10, context=40, short=1, long=6), measure.Prefill(3, 40)])
+def test_nothing_is_compiled_while_time_counts(engine, step_clock, rng, monkeypatch, case):
+    real, programs, lengths = drive.run, [], set()
+
+    def run(engine, prompts, new):
+        out = real(engine, prompts, new)
+        programs.append((engine._step.traces, engine._step._sample._cache_size()))
+        lengths.add(tuple(map(len, prompts)))
+        return out
+
+    monkeypatch.setattr(drive, "run", run)
+    measure.measure(engine, single(), case, MACHINE, TracedOps(), rng, repeats=3, spread=0.9)
+    assert len(programs) == 4 * len(case.runs) and len(lengths) == 1
+    assert min(programs[0]) > 0 and set(programs[len(case.runs) :]) == {programs[len(case.runs) - 1]}
+
+
 def test_prefill_counts_every_prompt_token_once(tiny_model, step_clock, rng):
     engine = Engine(tiny_model, single(), EngineOptions(prefill_chunk=16))
     row = measure.measure(engine, single(), measure.Prefill(2, 40), MACHINE, TracedOps(), rng, repeats=1)
@@ -170,7 +186,7 @@ def test_backends_are_those_that_were_traced(engine, rng):
     before = dict(ops.EXPERT_BACKENDS)
     traced = TracedOps()
     with traced.noting():
-        drive.run(engine, drive.random_prompts(engine, rng, 1, 64), 2)
+        drive.run(engine, drive.random_prompts(engine, rng, [64]), 2)
     assert before == ops.EXPERT_BACKENDS
     assert "expert: gather" in traced.describe(1) and "expert: dense" in traced.describe(64)
     assert "attention: xla" in traced.describe(1)
