@@ -50,8 +50,9 @@ def main(_) -> None:
             print(report.line(row), f"· {row.tokens_per_second / alone[case]:.2f}x one device", end="", flush=True)
             if sharding != "single" and isinstance(case, Decode):
                 with tempfile.TemporaryDirectory() as folder:
-                    sums = profile.collective_seconds(profile.trace(llm.engine, case, rng, folder)) / profile.STEPS
-                print(f" · collectives {sums * 1e3:.2f} ms", end="")
+                    found = profile.trace(llm.engine, case, rng, folder)
+                seconds = profile.collective_seconds(found.kernels) / profile.STEPS
+                print(f" · collectives {seconds * 1e3:.2f} ms", end="")
             print(flush=True)
         del llm
         gc.collect()

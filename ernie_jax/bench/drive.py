@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,16 +14,14 @@ _FIRST_ID = 3  # after padding, start and end
 clock = time.perf_counter
 
 
-def random_prompts(
-    engine: Engine, rng: np.random.Generator, batch: int, tokens: int, spread: float = 0.0
-) -> list[list[int]]:
-    """Draw prompts of random tokens, all different.
-
-    Args:
-      spread: lengths are even between (1 - spread) and (1 + spread) times `tokens`.
-    """
+def draw_lengths(rng: np.random.Generator, batch: int, tokens: int, spread: float) -> list[int]:
+    """Draw lengths of prompts, even between (1 - spread) and (1 + spread) times `tokens`."""
     low, high = round(tokens * (1 - spread)), round(tokens * (1 + spread))
-    lengths = rng.integers(max(1, low), max(1, high), batch, endpoint=True)
+    return rng.integers(max(1, low), max(1, high), batch, endpoint=True).tolist()
+
+
+def random_prompts(engine: Engine, rng: np.random.Generator, lengths: Iterable[int]) -> list[list[int]]:
+    """Draw prompts of random tokens, all different."""
     return [rng.integers(_FIRST_ID, engine.valid_vocab, length).tolist() for length in lengths]
 
 

@@ -31,8 +31,13 @@ class Decode:
     kind = "decode"
 
     @property
-    def new(self) -> int:
-        return self.long
+    def runs(self) -> tuple[int, ...]:
+        """New tokens of each run that a measurement takes."""
+        return self.short, self.long
+
+    def seconds(self, short: float, long: float) -> float:
+        """Return a step's time from that of the runs."""
+        return (long - short) / (self.long - self.short)
 
     @property
     def mean_context(self) -> int:
@@ -57,7 +62,10 @@ class Prefill:
     batch: int
     context: int
     kind = "prefill"
-    new = 1
+    runs = (1,)
+
+    def seconds(self, whole: float) -> float:
+        return whole
 
     def cost(self, engine: Engine, layout: Layout) -> Cost:
         """Count what one step with all the tokens cannot avoid: more steps, in chunks, are the engine's choice."""
@@ -88,7 +96,7 @@ class Row:
     Attributes:
       seconds: of a decode step, or of the whole prefill; median.
       runs: those of which it is the median.
-      compile_seconds: how much longer the first run took.
+      compile_seconds: how much longer the first of each took.
       moved, flops: bytes and operations that the busiest device cannot avoid.
       floor: the least seconds that they take here.
       bound: memory or compute.
@@ -146,32 +154,31 @@ def measure(
 ) -> Row:
     """Run a case once to compile it, then `repeats` times, each with fresh prompts over shuffled pages.
 
+    Prompts are as long each time, so that every run takes the same steps and none is compiled while time counts.
+
     Args:
       traced: of all cases of the engine.
-      spread: how much the prompts' lengths differ, as in `drive.random_prompts`.
+      spread: how much the prompts' lengths differ, as in `drive.draw_lengths`.
 
     Raises:
       UserError: if the cache or the engine has no room for the case, or the difference of the runs drowns in noise.
     """
     _check_room(engine, layout, case, spread)
+    lengths = drive.draw_lengths(rng, case.batch, case.context, spread)
 
     def once(new: int) -> float:
         nonlocal sequences
-        prompts = drive.random_prompts(engine, rng, case.batch, case.context, spread)
+        prompts = drive.random_prompts(engine, rng, lengths)
         drive.shuffle_pages(engine, rng)
         seconds, outputs = drive.run(engine, prompts, new)
         sequences = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
         return seconds
 
     sequences: list[list[int]] = []
-    with traced.noting():
-        first = once(case.new)  # passes through every program that the case needs
-    if isinstance(case, Prefill):
-        runs = whole = [once(1) for _ in range(repeats)]
-    else:
-        pairs = [(once(case.short), once(case.long)) for _ in range(repeats)]
-        runs = [(long - short) / (case.long - case.short) for short, long in pairs]
-        whole = [long for _, long in pairs]
+    with traced.noting():  # either run may need a program that the other does not
+        first = [once(new) for new in case.runs]
+    timed = [[once(new) for new in case.runs] for _ in range(repeats)]
+    runs = [case.seconds(*each) for each in timed]
     seconds = statistics.median(runs)
     if seconds <= 0:
         raise UserError(
@@ -181,7 +188,7 @@ def measure(
     cost = case.cost(engine, layout)
     moved = cost.weights + cost.cache
     floor, bound = machine.floor(moved, cost.flops)
-    compiling = max(0.0, first - statistics.median(whole))
+    compiling = max(0.0, sum(first) - statistics.median(map(sum, timed)))
     ops = traced.describe(case.step_tokens(engine))
     return Row(case, seconds, runs, compiling, moved, cost.flops, floor, bound, ops, sequences)
 
@@ -190,7 +197,7 @@ def _check_room(engine: Engine, layout: Layout, case: Case, spread: float) -> No
     """Refuse what would run in several rounds: it would be timed as if it were one."""
     if case.batch > engine.options.max_sequences:
         raise UserError(f"{case.batch} sequences at once, and the engine takes {engine.options.max_sequences}")
-    each = drive.needed_tokens(engine, round(case.context * (1 + spread)), case.new)
+    each = drive.needed_tokens(engine, round(case.context * (1 + spread)), max(case.runs))
     rows = -(-case.batch // layout.groups)
     if rows * each > engine.group_tokens:
         raise UserError(

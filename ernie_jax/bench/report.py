@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ernie_jax.bench.machine import Machine
 from ernie_jax.bench.measure import Case, Row
-from ernie_jax.bench.profile import Kernel
+from ernie_jax.bench.profile import Profile
 
 _LARGEST = 10
 _NAME = 60  # characters of a kernel's name
@@ -38,11 +36,11 @@ def line(row: Row) -> str:
     )
 
 
-def largest(found: Sequence[Kernel]) -> list[str]:
+def largest(found: Profile) -> list[str]:
     """Return a line for each of the kernels that take most."""
-    total = sum(kernel.seconds for kernel in found)
-    lines = [f"  {total * 1e3:.2f} ms in {sum(kernel.count for kernel in found):,} kernels; the largest:"]
-    for kernel in found[:_LARGEST]:
+    count, share = sum(kernel.count for kernel in found.kernels), found.busy / (found.span or 1)
+    lines = [f"  {found.busy * 1e3:.2f} ms in {count:,} kernels, {share:.1%} of {found.span * 1e3:.2f}; the largest:"]
+    for kernel in found.kernels[:_LARGEST]:
         scope = f" ({kernel.scope})" if kernel.scope else ""
         numbers = f"{kernel.count:>8,} x {kernel.seconds * 1e6:>12,.0f} us {kernel.share:>6.1%}"
         lines.append(f"  {numbers}  {kernel.name[:_NAME]}{scope}")

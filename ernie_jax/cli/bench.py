@@ -135,7 +135,7 @@ class _Bench:
         """Answer a first prompt, which compiles its programs, and say how long it took from nothing to here."""
         from ernie_jax.bench import drive
 
-        prompts = drive.random_prompts(self._llm.engine, self._rng, 1, context)
+        prompts = drive.random_prompts(self._llm.engine, self._rng, [context])
         begun = time.monotonic()
         with self._traced.noting():
             _, problem = self._attempt(lambda: drive.run(self._llm.engine, prompts, 2))
@@ -202,7 +202,7 @@ class _Bench:
             return
         self.say(f"  {directory}: " + ("one prefill" if case.kind == "prefill" else f"{profile.STEPS} steps"))
         self.say("\n".join(report.largest(found)))
-        self.found["rows"][-1]["kernels"] = [kernel._asdict() for kernel in found]
+        self.found["rows"][-1]["kernels"] = [kernel._asdict() for kernel in found.kernels]
 
     def _attempt(self, work: Callable[[], Any]) -> tuple[Any, str | None]:
         """Return what some work gives, or None and what went wrong; then the engine is made anew."""

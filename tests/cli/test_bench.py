@@ -59,14 +59,14 @@ def test_people_get_a_table(run, tiny, step_clock, tmp_path):
 def test_programs_get_one_object_and_a_failing_case_is_survived(run, tiny, step_clock, monkeypatch):
     real = drive.random_prompts
 
-    def break_at_48(engine, rng, batch, tokens, spread=0.0):
-        if tokens == 48:
+    def break_at_48(engine, rng, lengths):
+        if lengths == [48]:
             engine.submit([5] * 5, drive.greedy(3))
             engine.step()
             for pages in engine._devices.pages:
                 pages.delete()
             raise ValueError("the kernel\ndoes not compile")
-        return real(engine, rng, batch, tokens, spread)
+        return real(engine, rng, lengths)
 
     monkeypatch.setattr(drive, "random_prompts", break_at_48)
     arguments = ("--batch=2x16,1x48,64x900,2", "--context=16", "--prefill=", "--lengths=4,12", "--repeats=1")
@@ -140,6 +140,22 @@ def test_a_decode_step_is_a_difference_held_against_the_counted_bytes(engine, st
     assert not engine.has_work and engine.free_tokens == engine.cache_tokens
 
 
+@pytest.mark.parametrize("case", [measure.Decode(batch=10, context=40, short=1, long=6), measure.Prefill(3, 40)])
+def test_nothing_is_compiled_while_time_counts(engine, step_clock, rng, monkeypatch, case):
+    real, programs, lengths = drive.run, [], set()
+
+    def run(engine, prompts, new):
+        out = real(engine, prompts, new)
+        programs.append((engine._step.traces, engine._step._sample._cache_size()))
+        lengths.add(tuple(map(len, prompts)))
+        return out
+
+    monkeypatch.setattr(drive, "run", run)
+    measure.measure(engine, single(), case, MACHINE, TracedOps(), rng, repeats=3, spread=0.9)
+    assert len(programs) == 4 * len(case.runs) and len(lengths) == 1
+    assert min(programs[0]) > 0 and set(programs[len(case.runs) :]) == {programs[len(case.runs) - 1]}
+
+
 def test_prefill_counts_every_prompt_token_once(tiny_model, step_clock, rng):
     engine = Engine(tiny_model, single(), EngineOptions(prefill_chunk=16))
     row = measure.measure(engine, single(), measure.Prefill(2, 40), MACHINE, TracedOps(), rng, repeats=1)
@@ -170,7 +186,7 @@ def test_backends_are_those_that_were_traced(engine, rng):
     before = dict(ops.EXPERT_BACKENDS)
     traced = TracedOps()
     with traced.noting():
-        drive.run(engine, drive.random_prompts(engine, rng, 1, 64), 2)
+        drive.run(engine, drive.random_prompts(engine, rng, [64]), 2)
     assert before == ops.EXPERT_BACKENDS
     assert "expert: gather" in traced.describe(1) and "expert: dense" in traced.describe(64)
     assert "attention: xla" in traced.describe(1)
@@ -225,14 +241,26 @@ def test_kernels_of_a_trace():
         event(1, 1, 50, 20, "ncclDevKernel_AllReduce"), event(1, 2, 0, 70, "jit_call"),
         event(2, 1, 0, 500, "gemm_1"), event(9, 1, 0, 900, "python", hlo_op="x"),
     ]  # fmt: skip
-    gemm, nccl = found = profile.kernels(events)
+    (gemm, nccl), span = found, _ = profile.read(events)
+    assert span == pytest.approx(70e-6)
     assert (gemm.name, gemm.scope, gemm.count) == ("gemm", "experts", 2)
     assert (gemm.seconds, gemm.share) == pytest.approx((40e-6, 40 / 60))
     assert profile.collective_seconds(found) == nccl.seconds == pytest.approx(20e-6)
+    # A kernel that was launched early waits, and other streams run beside: no time counts twice.
+    events = [
+        *events[:4], names("thread", 1, "Stream #14(MemcpyD2H)", tid=3),
+        event(1, 1, 0, 30, "first"), event(1, 1, 10, 40, "early"), event(1, 1, 12, 78, "earlier"),
+        event(1, 3, 20, 60, "copy"), event(1, 3, 100, 10, "late"), event(1, 1, 105, 5, "beside"),
+    ]  # fmt: skip
+    found = profile.read(events)
+    assert {kernel.name: kernel.seconds for kernel in found.kernels} == pytest.approx(
+        {"first": 30e-6, "early": 20e-6, "copy": 30e-6, "earlier": 10e-6, "late": 10e-6, "beside": 0}
+    )
+    assert (found.busy, found.span) == pytest.approx((100e-6, 110e-6))
     # A loop's own time is what its body leaves; a host alone shows XLA's ops.
     host = [names("process", 9, "/host:CPU"), event(9, 1, 0, 100, "while", hlo_op="while"),
             event(9, 1, 10, 80, "dot", hlo_op="dot"), event(9, 2, 0, 70, "wait")]  # fmt: skip
-    assert {kernel.name: kernel.seconds for kernel in profile.kernels(host)} == pytest.approx(
+    assert {kernel.name: kernel.seconds for kernel in profile.read(host).kernels} == pytest.approx(
         {"while": 20e-6, "dot": 80e-6}
     )
 

@@ -61,7 +61,7 @@ def built():
         pytest.skip(str(error))
 
 
-def compile_step(sharding, gpus, kind, tokens):
+def compile_step(sharding, gpus, kind, tokens, **backends):
     config = ModelConfig.from_file("configs/ernie-4.5-21b-a3b.json")
     config = dataclasses.replace(config, num_hidden_layers=LAYERS, num_nextn_predict_layers=0)
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{gpus}", target_config=H100)
@@ -70,7 +70,7 @@ def compile_step(sharding, gpus, kind, tokens):
         shape = mixed_shape(config, layout, 64, tokens, 8192)
     else:
         shape = (prefill_shape if kind == "prefill" else decode_shape)(config, layout, tokens, 8192)
-    compiled = lower_step(config, layout, jnp.bfloat16, shape, PAGES).compile()
+    compiled = lower_step(config, layout, jnp.bfloat16, shape, PAGES, **backends).compile()
     return config, layout, shape, compiled
 
 
@@ -102,9 +102,7 @@ def test_a_step_fits_and_sends_what_it_must(case):
     print(f"{layout.describe()}: {len(found)} launches, temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB")
     # Of the cache nothing is copied, and no weight is.
     assert memory.alias_size_in_bytes >= cache
-    entry = text[text.index("\nENTRY") :].splitlines()
-    copied = [line for line in entry if re.search(r"%\w*(copy|transpose)[\w.]* = ", line) and large(line)]
-    assert not copied, copied[0]
+    check_no_large_copies(text)
     sent = collections.Counter()
     for item in collectives(text):
         sent[item.kind] += item.count
@@ -116,6 +114,12 @@ def test_a_step_fits_and_sends_what_it_must(case):
         assert not [part for part in slices if "mosaic_gpu_v2" in part]
 
 
+def check_no_large_copies(text):
+    entry = text[text.index("\nENTRY") :].splitlines()
+    copied = [line for line in entry if re.search(r"%\w*(copy|transpose)[\w.]* = ", line) and large(line)]
+    assert not copied, copied[0]
+
+
 def large(line):
     """Tell whether an instruction's result has millions of elements."""
     sizes = re.search(r"= \w+\[([\d,]+)\]", line)
@@ -123,6 +127,17 @@ def large(line):
     for size in sizes[1].split(",") if sizes else ():
         elements *= int(size)
     return elements > 1 << 22
+
+
+@pytest.mark.parametrize(("tokens", "backend"), [(8, "cuda"), (64, "dense")])
+def test_experts_of_other_gpus_are_read_where_they_lie(tokens, backend):
+    """What GPUs that are not Hopper take: no experts are copied, transposed or converted, alone or in a fusion."""
+    config, *_, compiled = compile_step("single", 1, "decode", tokens, expert_backend=backend)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert text.count('custom_call_target="ernie_experts"') == (LAYERS - 1 if backend == "cuda" else 0)
+    check_no_large_copies(text)
+    down = config.moe_num_experts * config.moe_intermediate_size * config.hidden_size
+    assert memory.temp_size_in_bytes < down / 4  # in bfloat16 an eighth of the smaller half of a layer's experts
 
 
 def test_a_mixed_step_decodes_by_the_decode_kernel():
