@@ -471,9 +471,7 @@ __global__ void __launch_bounds__(32 * kWarps<NT>, kBlocksPerSm) decode_kernel(c
 
 // Launch the kernel for a step; `blocks` is how many partial results there is room for.
 inline void run(cudaStream_t stream, const Step& step, int64_t blocks_at_most, bool early = false) {
-  int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   // As many ranges as run at a time, but no more than the longest sequences that the tables have room for could fill.
   const int64_t most = std::min<int64_t>({kMostBlocks, blocks_at_most, kBlocksPerSm * processors});
   const int64_t pieces = (step.width * (step.page_size / kTile) + kLeastTiles - 1) / kLeastTiles;

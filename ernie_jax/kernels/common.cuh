@@ -29,14 +29,16 @@ struct Shape {
   bool early = false;  // may start when the kernel before it allows: see `wait_for_previous`; of no effect before 9.0
 };
 
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, found = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&found, attribute, device);
+  return found;
+}
+
 // The major compute capability of this process's GPUs, which are alike.
 inline int capability() {
-  static const int major = [] {
-    int device = 0, found = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&found, cudaDevAttrComputeCapabilityMajor, device);
-    return found;
-  }();
+  static const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   return major;
 }
 

@@ -12,6 +12,7 @@ namespace ernie::experts {
 namespace {
 
 constexpr int kMaxExperts = 256;
+constexpr int kUpBlocks = 3;  // of `up_one_kernel` on a multiprocessor
 
 // What `plan` finds out, as int32 in one buffer.
 struct Plan {
@@ -79,12 +80,10 @@ struct Sizes {
   int tokens, k, experts, width, inner, shared;  // T, k, E, D, F, and the shared experts' F or 0
 };
 
-// hidden[pair, F] = weight * swiglu(x gate^T, x up^T); a block computes 8 NP columns of one expert's pairs. Those of the
-// shared experts come first, and where the kernel is launched early they do not wait until the others are chosen.
-template <int NP, int MT, int STAGES, bool ONE>
+// hidden[pair, F] = weight * swiglu(x gate^T, x up^T); a block computes 8 NP columns of one expert's pairs.
+template <int NP, int MT, int STAGES>
 __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
-    up_kernel(const bf16* __restrict__ x, const int* __restrict__ chosen, const int* __restrict__ first,
-              const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
+    up_kernel(const bf16* __restrict__ x, const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
               const bf16* __restrict__ shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
               Plan plan, Sizes z) {
   constexpr int NT = 2 * NP;
@@ -95,23 +94,13 @@ __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
   const bool shared = blockIdx.x < shared_tiles;
   int inner = z.shared, rows = z.tokens, column = blockIdx.x * 8 * NP;
   const int* pairs = nullptr;
-  int pair_of_one = 0;
   const bf16* matrix = shared_gate_up;
   if (!shared) {
     const int group = (blockIdx.x - shared_tiles) / tiles;
-    int expert;
-    wait_for_previous();
-    if (ONE) {  // its pairs are the groups
-      expert = chosen[group] - *first;
-      if (expert < 0 || expert >= z.experts) return;
-      rows = 1;
-    } else {
-      if (group >= *plan.count) return;
-      expert = plan.experts[group];
-      pairs = plan.pairs + plan.starts[expert];
-      rows = plan.starts[expert + 1] - plan.starts[expert];
-    }
-    pair_of_one = group;
+    if (group >= *plan.count) return;
+    const int expert = plan.experts[group];
+    pairs = plan.pairs + plan.starts[expert];
+    rows = plan.starts[expert + 1] - plan.starts[expert];
     inner = z.inner;
     column = (blockIdx.x - shared_tiles) % tiles * 8 * NP;
     matrix = gate_up + (int64_t)expert * 2 * z.inner * z.width;
@@ -129,16 +118,12 @@ __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = from + 16 * m + 8 * h + row;
-        lines[m][h] = r < rows && !(ONE && h) ? x + (int64_t)(shared || ONE ? r : pairs[r] / z.k) * z.width + offset : nullptr;
+        lines[m][h] = r < rows ? x + (int64_t)(shared ? r : pairs[r] / z.k) * z.width + offset : nullptr;
       }
     if (from) __syncthreads();
     float acc[MT][NT][4] = {};
     const int live = min(MT, (rows - from + 15) / 16);
-    const auto ready = [&] {
-      if (shared) rely_on_previous_wait();
-      launch_next();
-    };
-    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, ready);
+    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, [] {});
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       if (m >= live) break;
@@ -149,10 +134,97 @@ __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
         if (shared) {
           shared_hidden[(int64_t)r * inner + column + c] = __float2bfloat16(value);
         } else {
-          const int pair = ONE ? pair_of_one : pairs[r];
+          const int pair = pairs[r];
           hidden[(int64_t)pair * inner + column + c] = __float2bfloat16(value * __bfloat162float(weights[pair]));
         }
       });
+    }
+  }
+}
+
+// As `up_kernel` for a single token, whose pairs are its slots. A block takes every so many of the tiles of 8 columns, the
+// shared experts' first; while it sums up one, the weights of its next are on their way. Launched early, it begins before
+// the others are chosen: x is older than that.
+template <int STAGES>
+__global__ void __launch_bounds__(kThreads, kUpBlocks)
+    up_one_kernel(const bf16* __restrict__ x, const int* __restrict__ chosen, const int* __restrict__ first,
+                  const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
+                  const bf16* __restrict__ shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
+                  Sizes z) {
+  __shared__ uint4 rings[kWarps][STAGES][2][32];
+  __shared__ float partial[2][kWarps][16];  // of a tile and the next: 8 columns of gates, 8 of ups
+  bf16* xs = dynamic_shared<bf16>();        // [D]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
+  const int steps = z.width / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
+  const int shared_tiles = z.shared / 8, per_expert = z.inner / 8, all = shared_tiles + z.k * per_expert;
+  uint4(*ring)[2][32] = rings[warp];
+  launch_next();
+  const auto slot_of = [&](int tile) { return (tile - shared_tiles) / per_expert; };
+  const auto expert_of = [&](int tile) { return chosen[slot_of(tile)] - *first; };
+  // The first of this block's tiles from `tile` on whose expert is here.
+  const auto next = [&](int tile) {
+    for (; tile < all && tile >= shared_tiles; tile += gridDim.x) {
+      wait_for_previous();
+      const int expert = expert_of(tile);
+      if (expert >= 0 && expert < z.experts) break;
+    }
+    return tile;
+  };
+  const bf16* gate = nullptr;  // this lane's row of the tile that is fetched
+  int64_t to_up = 0;
+  int coming = blockIdx.x, at = 0, slot = 0;  // the tile that is fetched, the step in it, and where that goes
+  const auto enter = [&](int tile) {
+    coming = next(tile);
+    if (coming >= all) return;
+    const bool shared = coming < shared_tiles;
+    const int column = shared ? coming * 8 : (coming - shared_tiles) % per_expert * 8;
+    to_up = (int64_t)(shared ? z.shared : z.inner) * z.width;
+    gate = (shared ? shared_gate_up : gate_up + expert_of(coming) * 2 * to_up) + (int64_t)(column + row) * z.width + offset;
+  };
+  const auto fetch = [&] {
+    if (coming < all) {
+      copy_async(&ring[slot][0][lane], gate + at * 32);
+      copy_async(&ring[slot][1][lane], gate + to_up + at * 32);
+      if (++at == steps) at = 0, enter(coming + gridDim.x);
+    }
+    commit_copies();
+    slot = slot + 1 == STAGES ? 0 : slot + 1;
+  };
+  enter(coming);
+  int tile = coming;
+  for (int s = 0; s < STAGES; ++s) fetch();
+  rely_on_previous_wait();
+  for (int i = threadIdx.x; i < z.width / 8; i += kThreads)
+    reinterpret_cast<uint4*>(xs)[i] = reinterpret_cast<const uint4*>(x)[i];
+  __syncthreads();
+  const uint4 none = make_uint4(0, 0, 0, 0);
+  for (int parity = 0; tile < all; tile = next(tile + gridDim.x), parity ^= 1) {
+    float acc[2][4] = {};
+    for (int s = 0; s < steps; ++s) {
+      wait_for_copies<STAGES - 1>();
+      const uint4 line = row == 0 ? *reinterpret_cast<const uint4*>(xs + offset + s * 32) : none;
+      mma32(acc[0], line, none, ring[slot][0][lane]);
+      mma32(acc[1], line, none, ring[slot][1][lane]);
+      fetch();
+    }
+    if (row == 0)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        *reinterpret_cast<float2*>(&partial[parity][warp][8 * n + lane * 2]) = make_float2(acc[n][0], acc[n][1]);
+    __syncthreads();
+    if (threadIdx.x < 8) {
+      float sums[2] = {};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) sums[n] += partial[parity][w][8 * n + threadIdx.x];
+      const float value = swiglu(sums[0], sums[1]);
+      if (tile < shared_tiles) {
+        shared_hidden[tile * 8 + threadIdx.x] = __float2bfloat16(value);
+      } else {
+        const int pair = slot_of(tile), column = (tile - shared_tiles) % per_expert * 8 + threadIdx.x;
+        hidden[(int64_t)pair * z.inner + column] = __float2bfloat16(value * __bfloat162float(weights[pair]));
+      }
     }
   }
 }
@@ -326,27 +398,29 @@ inline void run(cudaStream_t stream, const Operands& o, const Sizes& z, bool ear
   const Plan plan(o.scratch, z.experts, z.tokens * z.k);
   const bool walks = z.tokens <= kWalks;
   if (z.tokens > 1) launch(stream, plan_kernel, {1, 1024}, o.chosen, o.first, plan, z.tokens, z.k, z.experts, walks);
-  const int groups = z.tokens * z.k < z.experts || z.tokens == 1 ? z.tokens * z.k : z.experts;
+  const int groups = z.tokens * z.k < z.experts ? z.tokens * z.k : z.experts;
   auto up = [&](auto kernel, int columns) {
     const int blocks = z.shared / columns + groups * (z.inner / columns);
-    launch(stream, kernel, {blocks, kThreads, 0, 1, early}, o.x, o.chosen, o.first, o.weights, o.gate_up,
-           o.shared_gate_up, o.hidden, o.shared_hidden, plan, z);
+    launch(stream, kernel, {blocks, kThreads}, o.x, o.weights, o.gate_up, o.shared_gate_up, o.hidden, o.shared_hidden, plan,
+           z);
   };
   auto walk = [&](auto kernel) {
     launch(stream, kernel, {z.width / 8, kThreads, 0, 1, early}, o.hidden, o.shared_hidden, o.chosen, o.first, o.down,
            o.shared_down, o.residual, o.out, plan, z);
   };
   if (z.tokens == 1) {
-    up(up_kernel<1, 1, 5, true>, 8);
+    const int tiles = z.shared / 8 + z.k * (z.inner / 8), most = kUpBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
+    launch(stream, up_one_kernel<5>, {tiles < most ? tiles : most, kThreads, z.width * sizeof(bf16), 1, early}, o.x,
+           o.chosen, o.first, o.weights, o.gate_up, o.shared_gate_up, o.hidden, o.shared_hidden, z);
     walk(walk_kernel<true>);
   } else if (walks) {
-    up(up_kernel<1, 1, 5, false>, 8);
+    up(up_kernel<1, 1, 5>, 8);
     walk(walk_kernel<false>);
   } else {
     if (z.tokens <= 64)
-      up(up_kernel<2, 1, 3, false>, 16);
+      up(up_kernel<2, 1, 3>, 16);
     else
-      up(up_kernel<2, 2, 3, false>, 16);
+      up(up_kernel<2, 2, 3>, 16);
     launch(stream, down_kernel<4, 2, 3>, {groups * (z.width / 32), kThreads}, o.hidden, o.down, o.rows, plan, z);
     const dim3 grid((z.width / 4 + kThreads - 1) / kThreads, z.tokens);
     launch(stream, combine_kernel, {grid, kThreads}, o.rows, o.chosen, o.first, o.out, z);

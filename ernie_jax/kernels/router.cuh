@@ -268,11 +268,12 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(Problem p) {
   float* bias = inbox + kOwned<M> * kSplits * p.count;  // [E]
   auto cluster = cg::this_cluster();
   const int rank = cluster.block_rank(), first = blockIdx.x / kSplits * M;
+  const float held = threadIdx.x < p.count ? __ldg(p.bias + threadIdx.x) : 0;  // on its way before anything is waited for
   __cluster_barrier_arrive_relaxed();
   partial_logits<M>(
       p, rank, first, shared,
       [&] {
-        if (threadIdx.x < p.count) bias[threadIdx.x] = p.bias[threadIdx.x];
+        if (threadIdx.x < p.count) bias[threadIdx.x] = held;
         __cluster_barrier_wait();  // a block that has not started has no shared memory to write to
       },
       [&](int t, int e, float sum) {
@@ -336,9 +337,7 @@ void run(cudaStream_t stream, const Problem& p, bool clusters, bool early) {
 // Tokens of a cluster: as few as keep at most eight clusters busy, since a GPU's processors come in about as many
 // neighbourhoods and each reads all the weights anyway.
 inline void run(cudaStream_t stream, const Problem& p, bool may_cluster, bool early = false) {
-  int device = 0, room = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const bool clusters = may_cluster && capability() >= 9;
   if (p.tokens <= 8)
     run<1>(stream, p, clusters, early);
