@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from ernie_jax.ops import stream
 from ernie_jax.ops.stream import linear_problem
 
+_MANY = 1024  # tokens whose products fill a GPU with tiles, so that no library splits the contracted axis
+
 
 def precision_of(*operands: jax.Array) -> jax.lax.Precision | None:
     """Return HIGHEST for float32 operands: the default is TF32 on GPUs and bfloat16 passes on TPUs."""
@@ -42,7 +44,13 @@ def default_linear_backend(platform: str, tokens: int, inner: int, outer: int, d
 
 
 def _xla(subscripts, x, weight, bias):
-    out = _product(subscripts, x, weight, lambda x, w: einsum("td,od->to", x, w, jnp.float32))
+    def product(x, w):
+        # Of many tokens the product itself rounds its sums: where it is float32, cuBLAS writes that, and another kernel
+        # reads and rounds it. Of few it may be a sum of parts, each of which would be rounded then.
+        dtype = x.dtype if bias is None and len(x) >= _MANY else jnp.float32
+        return jnp.einsum("td,od->to", x, w, precision=precision_of(x, w), preferred_element_type=dtype)
+
+    out = _product(subscripts, x, weight, product)
     return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -61,7 +61,7 @@ def built():
         pytest.skip(str(error))
 
 
-def compile_step(sharding, gpus, kind, tokens, **backends):
+def compile_step(sharding, gpus, kind, tokens, compiler_options=None, **backends):
     config = ModelConfig.from_file("configs/ernie-4.5-21b-a3b.json")
     config = dataclasses.replace(config, num_hidden_layers=LAYERS, num_nextn_predict_layers=0)
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{gpus}", target_config=H100)
@@ -70,7 +70,8 @@ def compile_step(sharding, gpus, kind, tokens, **backends):
         shape = mixed_shape(config, layout, 64, tokens, 8192)
     else:
         shape = (prefill_shape if kind == "prefill" else decode_shape)(config, layout, tokens, 8192)
-    compiled = lower_step(config, layout, jnp.bfloat16, shape, PAGES, **backends).compile()
+    lowered = lower_step(config, layout, jnp.bfloat16, shape, PAGES, **backends)
+    compiled = lowered.compile(compiler_options=compiler_options)
     return config, layout, shape, compiled
 
 
@@ -146,6 +147,21 @@ def test_a_mixed_step_decodes_by_the_decode_kernel():
     text, moe_layers = compiled.as_text(), LAYERS - 1
     assert text.count('custom_call_target="ernie_decode_attention"') == LAYERS
     assert text.count('custom_call_target="mosaic_gpu_v2"') == LAYERS + 2 * moe_layers  # prompts, and experts
+
+
+def test_products_by_cublas_write_what_is_read_next():
+    """On a GPU XLA measures and mostly takes cuBLAS, whose float32 results other kernels would have to round."""
+    *_, compiled = compile_step("single", 1, "prefill", 2048, {"xla_gpu_enable_triton_gemm": False})
+    text = compiled.as_text()
+    entry = text[text.index("\nENTRY") :].splitlines()
+    products = [i for i, line in enumerate(entry) if "matmul" in line and "custom_call_target" in line]
+    shared = [i for i in products if "/shared/" in entry[i]]
+    assert len(shared) == 2 * (LAYERS - 1)
+    for gate_up, down in zip(shared[::2], shared[1::2], strict=True):
+        between = [line for line in entry[gate_up + 1 : down] if "/shared/" in line and " fusion(" in line]
+        assert len(between) == 1 and " = bf16[2048,3072]" in between[0]
+    for line in (entry[i] for i in products if "/router/" not in entry[i]):
+        assert " = (bf16[" in line, line
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 256])
