@@ -2,9 +2,11 @@
 // order; after it, the weighted sum of a token's rows.
 //
 // Every token also goes, with weight 1, through `shared` experts more, which are numbered behind the others. An expert's
-// rows begin at a multiple of 8 and are cut into blocks of at most `most` rows, of which each CUDA block finds and copies
-// one. To find them it needs to know how many pairs each expert has: those of a few it counts itself, of many
-// `count_kernel` has counted them by chunks.
+// rows begin at a multiple of 8 and are cut into blocks of at most `most` rows.
+//
+// A row is read once and written to all its places, so work is even however unevenly experts are chosen. To know the
+// places a CUDA block needs how many pairs each expert has, before its own tokens and in all: it counts those of its
+// chunk of `chosen` itself; the other chunks, if there are any, `count_kernel` has counted.
 #include "common.cuh"
 
 namespace ernie {
@@ -12,207 +14,268 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxExperts = 256;  // the shared ones included
-constexpr int kAlignment = 8;    // rows
-constexpr int kMost = 256;        // rows of a block
-constexpr int kChunk = 1024;      // pairs that are counted together
-constexpr int kFew = 3 * kChunk;  // pairs that every block counts for itself
+constexpr int kMaxExperts = kThreads;     // the shared ones included
+constexpr int kMaxSlots = 32;             // experts of a token, the shared ones included: a lane for each
+constexpr int kAlignment = 8;             // rows
+constexpr int kEach = 12;                 // ids of a chunk for each thread, all in flight at once
+constexpr int kChunk = kEach * kThreads;  // ids that are counted together
+constexpr int kHeld = 5;                  // vectors of a row that a thread holds
+constexpr int kFew = 512;                 // tokens of which each has a CUDA block of its own
+constexpr int kSumThreads = 128;
+constexpr int kTogether = 8;              // rows in flight for a sum
+
+struct Here {
+  int first, tokens;  // the first expert that is here, and how many tokens there are: those behind go nowhere
+};
 
 struct Pairs {
   const int* chosen;  // [T, k]
-  const int* here;    // [2] the first expert that is here, and how many tokens there are: those behind go nowhere
+  const int* here;    // [2] a `Here`
   int tokens, k, experts, shared;
 
-  __device__ __forceinline__ int count() const { return tokens * (k + shared); }
-  __device__ __forceinline__ int token(int pair) const { return pair / (k + shared); }
+  __host__ __device__ __forceinline__ int ids() const { return tokens * k; }
+  __host__ __device__ __forceinline__ int chunks() const { return (ids() + kChunk - 1) / kChunk; }
+  __host__ __device__ __forceinline__ int slots() const { return k + shared; }
+  __host__ __device__ __forceinline__ int all() const { return experts + shared; }
 
-  // The expert of a pair, or -1 if it is none of those here.
-  __device__ __forceinline__ int expert(int pair) const {
-    const int slot = pair % (k + shared);
-    if (token(pair) >= here[1]) return -1;
-    if (slot >= k) return experts + slot - k;
-    const int e = chosen[token(pair) * k + slot] - here[0];
-    return e >= 0 && e < experts ? e : -1;
+  __device__ __forceinline__ Here read_here() const {
+    const int2 both = *reinterpret_cast<const int2*>(here);
+    return {both.x, min(both.y, tokens)};
+  }
+
+  // The expert of a token's slot, of which the id is `id` if it is no shared one; or -1 if it is none of those here.
+  __device__ __forceinline__ int expert(const Here& there, int token, int slot, int id) const {
+    const bool known = slot < k ? (unsigned)(id - there.first) < (unsigned)experts : slot < slots();
+    return token < there.tokens && known ? (slot < k ? id - there.first : experts + slot - k) : -1;
   }
 };
+
+// Count the ids of a chunk, of which a thread has every kThreads-th from `at` on: those before `split` in sizes[0], the
+// others in sizes[1].
+__device__ __forceinline__ void count_chunk(const int (&ids)[kEach], int at, int split, const Pairs& pairs,
+                                            const Here& here, int (*sizes)[kMaxExperts]) {
+  const int end = here.tokens * pairs.k;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = at + j * kThreads, e = ids[j] - here.first;
+    if (i < end && (unsigned)e < (unsigned)pairs.experts) atomicAdd(&sizes[i >= split][e], 1);
+  }
+}
+
+// Load what `count_chunk` counts.
+__device__ __forceinline__ void load_chunk(int (&ids)[kEach], int at, const Pairs& pairs) {
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) ids[j] = at + j * kThreads < pairs.ids() ? pairs.chosen[at + j * kThreads] : 0;
+}
 
 // counts[chunk, e]: how many pairs of a chunk an expert has.
 __global__ void __launch_bounds__(kThreads) count_kernel(Pairs pairs, int* __restrict__ counts) {
-  __shared__ int sizes[kMaxExperts];
-  const int all = pairs.experts + pairs.shared;
-  for (int e = threadIdx.x; e < all; e += kThreads) sizes[e] = 0;
+  __shared__ int sizes[1][kMaxExperts];
+  const int at = blockIdx.x * kChunk + threadIdx.x;
+  const Here here = pairs.read_here();
+  int ids[kEach];
+  load_chunk(ids, at, pairs);
+  if (threadIdx.x < pairs.experts) sizes[0][threadIdx.x] = 0;
   __syncthreads();
-  const int end = min(pairs.count(), (int)(blockIdx.x + 1) * kChunk);
-  for (int p = blockIdx.x * kChunk + threadIdx.x; p < end; p += kThreads) {
-    const int e = pairs.expert(p);
-    if (e >= 0) atomicAdd(&sizes[e], 1);
-  }
+  count_chunk(ids, at, pairs.ids(), pairs, here, sizes);
   __syncthreads();
-  for (int e = threadIdx.x; e < all; e += kThreads) counts[blockIdx.x * all + e] = sizes[e];
+  if (threadIdx.x < pairs.experts) counts[blockIdx.x * pairs.experts + threadIdx.x] = sizes[0][threadIdx.x];
 }
 
-// Where the block of this CUDA block lies.
-struct Place {
-  int expert, row, rank, rows;  // first row, rank of its pair among the expert's, how many
-  int live;                     // blocks in all
-};
-
-// Find block `index` of those that sizes[e] pairs of each expert make. By one warp; the result is in all lanes.
-__device__ __forceinline__ Place find_block(const int* sizes, int experts, int most, int index) {
-  const int lane = threadIdx.x % 32;
-  Place place{-1, 0, 0, 0, 0};
-  int row = 0;
-  for (int at = 0; at < experts; at += 32) {
-    const int e = at + lane, size = e < experts ? sizes[e] : 0;
-    const int blocks = (size + most - 1) / most, padded = (size + kAlignment - 1) / kAlignment * kAlignment;
-    int blocks_to = blocks, rows_to = padded;  // sums up to this expert
-    for (int d = 1; d < 32; d *= 2) {
-      const int b = __shfl_up_sync(~0u, blocks_to, d), r = __shfl_up_sync(~0u, rows_to, d);
-      if (lane >= d) blocks_to += b, rows_to += r;
-    }
-    const int before = place.live + blocks_to - blocks, rank = (index - before) * most;
-    const unsigned found = __ballot_sync(~0u, index >= before && index < before + blocks);
-    if (found) {
-      const int from = __ffs(found) - 1;
-      place.expert = at + from;
-      place.rank = __shfl_sync(~0u, rank, from);
-      place.row = __shfl_sync(~0u, row + rows_to - padded + rank, from);
-      place.rows = __shfl_sync(~0u, min(most, size - rank), from);
-    }
-    place.live += __shfl_sync(~0u, blocks_to, 31);
-    row += __shfl_sync(~0u, rows_to, 31);
+// Where each expert's first row and first block are, of those that sizes[e] pairs make; returns how many blocks there
+// are. By one warp, of which each lane has some neighbouring experts.
+__device__ __forceinline__ int find_firsts(const int (*sizes)[kMaxExperts], const Pairs& pairs, int tokens, int most,
+                                           int* first_row, int* first_block) {
+  const int lane = threadIdx.x % 32, all = pairs.all(), each = (all + 31) / 32;
+  const int from = min(all, lane * each), to = min(all, from + each);
+  int rows = 0, blocks = 0;
+#pragma unroll 1
+  for (int e = from; e < to; ++e) {
+    const int size = e < pairs.experts ? sizes[0][e] + sizes[1][e] : tokens;
+    first_row[e] = rows, first_block[e] = blocks;
+    rows += (size + kAlignment - 1) / kAlignment * kAlignment;
+    blocks += (unsigned)(size + most - 1) / (unsigned)most;
   }
-  return place;
+  int rows_to = rows, blocks_to = blocks;  // sums up to this lane
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int r = __shfl_up_sync(~0u, rows_to, d), b = __shfl_up_sync(~0u, blocks_to, d);
+    if (lane >= d) rows_to += r, blocks_to += b;
+  }
+#pragma unroll 1
+  for (int e = from; e < to; ++e) first_row[e] += rows_to - rows, first_block[e] += blocks_to - blocks;
+  return __shfl_sync(~0u, blocks_to, 31);
 }
 
-template <bool COUNTED>
+// TOKENS: of a CUDA block, the warps of which share them out, and then each token's columns.
+template <int TOKENS>
 __global__ void __launch_bounds__(kThreads)
     sort_kernel(const bf16* __restrict__ x, Pairs pairs, const int* __restrict__ counts, bf16* __restrict__ rows,
                 int* __restrict__ blocks, int* __restrict__ live, int* __restrict__ place_of, int width, int most) {
-  __shared__ int sizes[kMaxExperts], of_warp[kWarps], list[kMost];
-  __shared__ Place place;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = pairs.experts + pairs.shared;
-  const int count = pairs.count(), chunks = (count + kChunk - 1) / kChunk;
-  for (int e = threadIdx.x; e < all; e += kThreads) sizes[e] = 0;
+  constexpr int kOfToken = kWarps / TOKENS, kStride = 32 * kOfToken;
+  __shared__ int sizes[2][kMaxExperts];  // pairs of each expert: before the first of these tokens, from it on
+  __shared__ int first_row[kMaxExperts], first_block[kMaxExperts];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp / kOfToken, part = warp % kOfToken;
+  const int first = blockIdx.x * TOKENS, token = first + mine, first_id = first * pairs.k;
+  const int k = pairs.k, experts = pairs.experts, vectors = width / 8;
+
+  // Everything that is read comes at once.
+  const Here here = pairs.read_here();
+  uint4 held[kHeld];
+  const auto load = [&](int from) {
+    const auto* row = reinterpret_cast<const uint4*>(x + (int64_t)token * width) + from;
+    const int left = token < pairs.tokens ? vectors - from : 0;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j)
+      if (j * kStride < left) held[j] = __ldg(row + j * kStride);
+  };
+  load(part * 32 + lane);
+  int ids[kEach], slot_ids[TOKENS];
+  const int chunk = first_id / kChunk, at = chunk * kChunk + threadIdx.x;
+  load_chunk(ids, at, pairs);
+#pragma unroll
+  for (int n = 0; n < TOKENS; ++n) {
+    const bool any = lane < k && first + n < pairs.tokens;
+    slot_ids[n] = any ? pairs.chosen[first_id + n * k + lane] : 0;
+  }
+
+  if (threadIdx.x < experts) sizes[0][threadIdx.x] = sizes[1][threadIdx.x] = 0;
   __syncthreads();
-  if (COUNTED) {
-    for (int i = threadIdx.x; i < chunks * all; i += kThreads) atomicAdd(&sizes[i % all], counts[i]);
-  } else {
-    for (int p = threadIdx.x; p < count; p += kThreads) {
-      const int e = pairs.expert(p);
-      if (e >= 0) atomicAdd(&sizes[e], 1);
+  count_chunk(ids, at, first_id, pairs, here, sizes);
+  int id = 0, same = 0;  // of this lane's slot; pairs of its expert that these tokens have before it
+#pragma unroll
+  for (int n = 0; n < TOKENS; ++n)
+    if (n == mine) id = slot_ids[n];
+#pragma unroll 1  // code that is longer takes longer to come than it saves
+  for (int slot = 0; slot < k; ++slot) {
+#pragma unroll
+    for (int n = 0; n < TOKENS; ++n) {
+      const bool before = n < mine || (n == mine && slot < lane);
+      same += __shfl_sync(~0u, slot_ids[n], slot) == id && before;
     }
+  }
+  const int chunks = pairs.chunks();
+  if (chunks > 1 && threadIdx.x < kThreads / experts * experts) {
+    const int e = threadIdx.x % experts;
+    int before = 0, after = 0;
+#pragma unroll 4
+    for (int c = threadIdx.x / experts; c < chunks; c += kThreads / experts) {
+      const int size = counts[c * experts + e];
+      before += c < chunk ? size : 0;
+      after += c > chunk ? size : 0;
+    }
+    atomicAdd(&sizes[0][e], before);
+    atomicAdd(&sizes[1][e], after);
   }
   __syncthreads();
   if (warp == 0) {
-    const Place found = find_block(sizes, all, most, blockIdx.x);
-    if (lane == 0) {
-      place = found;
-      if (blockIdx.x == 0) *live = found.live;
-    }
+    const int found = find_firsts(sizes, pairs, here.tokens, most, first_row, first_block);
+    if (blockIdx.x == 0 && lane == 0) *live = found;
   }
   __syncthreads();
-  if (place.expert < 0) return;
-  if (threadIdx.x < 3) {
-    const int values[3] = {place.expert, place.row, place.rows};
-    blocks[blockIdx.x * 3 + threadIdx.x] = values[threadIdx.x];
-  }
-  int seen = 0, from = 0;  // pairs of the expert before pair `from`
-  if (COUNTED) {  // the chunk in which the block begins
-    for (int at = 0; at < chunks; at += 32) {
-      const int here = at + lane < chunks ? counts[(at + lane) * all + place.expert] : 0;
-      int sum = here;
-      for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, d);
-        if (lane >= d) sum += other;
+
+  const int e = pairs.expert(here, token, lane, id);
+  int place = -1;
+  if (e >= 0) {
+    const int rank = lane < k ? sizes[0][e] + same : token;
+    const int size = lane < k ? sizes[0][e] + sizes[1][e] : here.tokens;
+    place = first_row[e] + rank;
+    if (part == 0) {
+      place_of[token * pairs.slots() + lane] = place;
+      if (rank % most == 0) {  // a block begins
+        int* block = blocks + 3 * (first_block[e] + rank / most);
+        block[0] = e, block[1] = place, block[2] = min(most, size - rank);
       }
-      const unsigned beyond = __ballot_sync(~0u, seen + sum > place.rank);
-      if (beyond) {
-        const int lane_of = __ffs(beyond) - 1;
-        from = (at + lane_of) * kChunk;
-        seen += __shfl_sync(~0u, sum - here, lane_of);
-        break;
-      }
-      seen += __shfl_sync(~0u, sum, 31);
     }
   }
-  const int end = place.rank + place.rows;
-  for (; from < count && seen < end; from += kThreads) {
-    const int p = from + threadIdx.x;
-    const bool mine = p < count && pairs.expert(p) == place.expert;
-    const unsigned all_mine = __ballot_sync(~0u, mine);
-    if (lane == 0) of_warp[warp] = __popc(all_mine);
-    __syncthreads();
-    int rank = seen + __popc(all_mine & ((1u << lane) - 1));
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) rank += of_warp[w];
-      seen += of_warp[w];
+  for (int from = part * 32 + lane;;) {
+#pragma unroll 2
+    for (int slot = 0; slot < pairs.slots(); ++slot) {
+      const int to = __shfl_sync(~0u, place, slot);
+      if (to < 0) continue;
+      auto* row = reinterpret_cast<uint4*>(rows + (int64_t)to * width) + from;
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j)
+        if (j * kStride < vectors - from) row[j * kStride] = held[j];
     }
-    if (mine && rank >= place.rank && rank < end) {
-      list[rank - place.rank] = pairs.token(p);
-      place_of[p] = place.row + rank - place.rank;
-    }
-    __syncthreads();
+    from += kHeld * kStride;
+    if (from - lane >= vectors) break;
+    load(from);
   }
-  const int vectors = width / 8;
-  auto* target = reinterpret_cast<uint4*>(rows + (int64_t)place.row * width);
-#pragma unroll 8
-  for (int i = threadIdx.x; i < place.rows * vectors; i += kThreads)
-    target[i] = __ldg(reinterpret_cast<const uint4*>(x + (int64_t)list[i / vectors] * width) + i % vectors);
 }
 
 // out[t] = sum of weight * rows[place] over t's pairs that are here, in float32; shared experts weigh 1.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     combine_kernel(const bf16* __restrict__ rows, const int* __restrict__ place_of, Pairs pairs,
                    const bf16* __restrict__ weights, bf16* __restrict__ out, int width) {
-  const int column = (blockIdx.x * kThreads + threadIdx.x) * 8, slots = pairs.k + pairs.shared;
-  if (column >= width) return;
-  const int t = blockIdx.y;
+  const int column = (blockIdx.x * kSumThreads + threadIdx.x) * 8, slots = pairs.slots();
+  const int t = blockIdx.y, lane = threadIdx.x % 32;
+  // Of the slot of each lane. Nothing here waits for another: places of pairs that are not here are read in vain.
+  const Here here = pairs.read_here();
+  const int id = lane < pairs.k ? pairs.chosen[t * pairs.k + lane] : 0;
+  const int found = lane < slots ? place_of[t * slots + lane] : 0;
+  const float weight = lane < pairs.k ? __bfloat162float(weights[t * pairs.k + lane]) : 1.0f;
+  const int place = pairs.expert(here, t, lane, id) < 0 ? -1 : found;
   float sum[8] = {};
-  for (int slot = 0; slot < slots; ++slot) {
-    const int pair = t * slots + slot;
-    if (pairs.expert(pair) < 0) continue;
-    const float weight = slot < pairs.k ? __bfloat162float(weights[t * pairs.k + slot]) : 1.0f;
-    const uint4 found = *reinterpret_cast<const uint4*>(rows + (int64_t)place_of[pair] * width + column);
-    const uint32_t words[4] = {found.x, found.y, found.z, found.w};
+  for (int first = 0; first < slots; first += kTogether) {
+    uint4 row[kTogether];
+    int from[kTogether];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum[2 * i] += weight * __uint_as_float(words[i] << 16);
-      sum[2 * i + 1] += weight * __uint_as_float(words[i] & 0xffff0000u);
+    for (int j = 0; j < kTogether; ++j) {
+      from[j] = __shfl_sync(~0u, place, first + j);
+      if (from[j] >= 0 && column < width)
+        row[j] = __ldg(reinterpret_cast<const uint4*>(rows + (int64_t)from[j] * width + column));
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const float scale = __shfl_sync(~0u, weight, first + j);
+      if (from[j] < 0) continue;
+      const uint32_t words[4] = {row[j].x, row[j].y, row[j].z, row[j].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum[2 * i] += scale * __uint_as_float(words[i] << 16);
+        sum[2 * i + 1] += scale * __uint_as_float(words[i] & 0xffff0000u);
+      }
     }
   }
-  auto* to = reinterpret_cast<__nv_bfloat162*>(out + (int64_t)t * width + column);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
+  if (column >= width) return;
+  auto* to = reinterpret_cast<uint4*>(out + (int64_t)t * width + column);
+  *to = make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+}
+
+ffi::Error check(const Pairs& pairs, int width) {
+  if (pairs.slots() <= kMaxSlots && pairs.all() <= kMaxExperts && width % 8 == 0) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("pairs: at most 32 experts a token of 256, and rows of a multiple of 8");
 }
 
 ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen, ffi::AnyBuffer here,
                 ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> blocks, ffi::Result<ffi::AnyBuffer> live,
                 ffi::Result<ffi::AnyBuffer> place, ffi::Result<ffi::AnyBuffer> counts, int64_t experts, int64_t shared,
                 int64_t most) {
-  const Pairs pairs{static_cast<const int*>(chosen.untyped_data()), static_cast<const int*>(here.untyped_data()),
-                    (int)chosen.dimensions()[0], (int)chosen.dimensions()[1], (int)experts, (int)shared};
-  const int width = x.dimensions()[1], count = pairs.tokens * (pairs.k + pairs.shared);
-  auto* counted = static_cast<int*>(counts->untyped_data());
-  const bool many = count > kFew;
-  if (many) launch(stream, count_kernel, {(count + kChunk - 1) / kChunk, kThreads}, pairs, counted);
-  launch(stream, many ? sort_kernel<true> : sort_kernel<false>, {(int)blocks->dimensions()[0], kThreads},
-         static_cast<const bf16*>(x.untyped_data()), pairs, counted, static_cast<bf16*>(rows->untyped_data()),
-         static_cast<int*>(blocks->untyped_data()), static_cast<int*>(live->untyped_data()),
-         static_cast<int*>(place->untyped_data()), width, (int)most);
+  const Pairs pairs{data<int>(chosen), data<int>(here), (int)chosen.dimensions()[0], (int)chosen.dimensions()[1],
+                    (int)experts,      (int)shared};
+  const int width = x.dimensions()[1];
+  if (auto error = check(pairs, width); error.failure()) return error;
+  if (pairs.chunks() > 1) launch(stream, count_kernel, {pairs.chunks(), kThreads}, pairs, data<int>(*counts));
+  constexpr int kTokens = 4;
+  const bool few = pairs.tokens <= kFew;
+  launch(stream, few ? sort_kernel<1> : sort_kernel<kTokens>,
+         {few ? pairs.tokens : (pairs.tokens + kTokens - 1) / kTokens, kThreads}, data<bf16>(x), pairs,
+         data<int>(*counts), data<bf16>(*rows), data<int>(*blocks), data<int>(*live), data<int>(*place), width,
+         (int)most);
   return launch_status("sort pairs");
 }
 
 ffi::Error combine(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer place, ffi::AnyBuffer chosen,
                    ffi::AnyBuffer here, ffi::AnyBuffer weights, ffi::Result<ffi::AnyBuffer> out, int64_t experts,
                    int64_t shared) {
-  const Pairs pairs{static_cast<const int*>(chosen.untyped_data()), static_cast<const int*>(here.untyped_data()),
-                    (int)chosen.dimensions()[0], (int)chosen.dimensions()[1], (int)experts, (int)shared};
+  const Pairs pairs{data<int>(chosen), data<int>(here), (int)chosen.dimensions()[0], (int)chosen.dimensions()[1],
+                    (int)experts,      (int)shared};
   const int width = out->dimensions()[1];
-  const dim3 grid((width / 8 + kThreads - 1) / kThreads, pairs.tokens);
-  launch(stream, combine_kernel, {grid, kThreads}, static_cast<const bf16*>(rows.untyped_data()),
-         static_cast<const int*>(place.untyped_data()), pairs, static_cast<const bf16*>(weights.untyped_data()),
-         static_cast<bf16*>(out->untyped_data()), width);
+  if (auto error = check(pairs, width); error.failure()) return error;
+  const dim3 grid((width / 8 + kSumThreads - 1) / kSumThreads, pairs.tokens);
+  launch(stream, combine_kernel, {grid, kSumThreads}, data<bf16>(rows), data<int>(place), pairs,
+         data<bf16>(weights), data<bf16>(*out), width);
   return launch_status("combine pairs");
 }
 

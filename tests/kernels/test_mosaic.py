@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ernie_jax.errors import UserError
 from ernie_jax.ops import grouped_mlp, mosaic_kernel
-from ernie_jax.ops.mosaic import TILES
+from ernie_jax.ops.mosaic import TILES, Tiles, by_mosaic
 from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
 from tests import emulator
 
@@ -93,6 +93,59 @@ def test_experts_of_two_shards_add_up(rng):
         ]
     total = sum(np.asarray(part, np.float64) for part in parts)
     assert distance(total, reference(x, chosen, weights, gate_up, down)) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "shared", "width", "live", "skewed"),
+    [
+        (1, 2, 1, 256, 1, False),
+        (3, 2, 0, 10496, 3, False),  # a row that a CUDA block holds only part of
+        (70, 6, 2, 256, 69, True),  # blocks of shared experts and of chosen ones that end within the padding
+        (20, 3, 2, 256, 0, False),
+        (514, 6, 1, 256, 511, False),  # several tokens to a CUDA block; two chunks, one of them counted
+        (1030, 6, 0, 256, 1030, True),
+        (515, 1, 1, 2816, 514, False),
+    ],
+)
+def test_rows_come_sorted_and_are_summed_in_order(tokens, k, shared, width, live, skewed, rng, monkeypatch):
+    """Without the product between, so that every bit is known; some pairs are another shard's."""
+    first, products = 5, []
+
+    def product(rows, weight, blocks, count, tiling, beside):
+        products.append([np.asarray(a) for a in (rows, blocks, count)])
+        return rows
+
+    monkeypatch.setattr(mosaic_kernel, "grouped_product", product)
+    x = jnp.asarray(rng.normal(size=(tokens, width)), jnp.bfloat16)
+    chosen = rng.integers(first - 1, first + EXPERTS + 1, size=(tokens, k))  # may name one twice
+    if skewed:
+        chosen[:, 1:] = first + 4
+    chosen = jnp.asarray(chosen, jnp.int32)
+    weights = jnp.asarray(rng.random((tokens, k)), jnp.bfloat16)
+    sizes = (EXPERTS, 2, INNER, width), (EXPERTS, width, INNER), (2, shared * INNER, width), (width, shared * INNER)
+    gate_up, down, *along = (np.broadcast_to(np.zeros((), jnp.bfloat16), size) for size in sizes)
+    tiles = (Tiles(8, 128, "rows", 4, 12),) * 2  # blocks of 16
+    with emulator.emulated():
+        out = by_mosaic(x, chosen, weights, gate_up, down, first, along if shared else None, jnp.int32(live), tiles)
+
+    (rows, blocks, count), _ = products
+    values, sums = np.asarray(x, np.float32), np.zeros((tokens, width), np.float32)
+    ids = np.array(chosen) - first
+    ids[(ids < 0) | (ids >= EXPERTS)] = -1
+    ids = np.concatenate([ids, np.broadcast_to(EXPERTS + np.arange(shared), (tokens, shared))], axis=1)
+    ids[live:] = -1
+    expected, row = [], 0
+    for e in range(EXPERTS + shared):
+        of = np.nonzero(ids == e)[0]
+        np.testing.assert_array_equal(np.asarray(rows[row : row + len(of)], np.float32), values[of])
+        expected += [(e, row + at, min(16, len(of) - at)) for at in range(0, len(of), 16)]
+        row += -(-len(of) // 8) * 8
+    assert count == len(expected)
+    np.testing.assert_array_equal(blocks[: len(expected)], np.reshape(expected, (-1, 3)))
+    for slot in range(k + shared):
+        scale = np.asarray(weights[:, slot : slot + 1], np.float32) if slot < k else np.float32(1)
+        sums += np.where(ids[:, slot, None] >= 0, scale * values, np.float32(0))
+    np.testing.assert_array_equal(np.asarray(out), sums.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("least", TILES)
