@@ -12,7 +12,7 @@ namespace ernie::experts {
 namespace {
 
 constexpr int kMaxExperts = 256;
-constexpr int kUpBlocks = 3;  // of `up_one_kernel` on a multiprocessor
+constexpr int kUpBlocks = 4;  // of `up_one_kernel` on a multiprocessor
 
 // What `plan` finds out, as int32 in one buffer.
 struct Plan {
@@ -142,6 +142,12 @@ __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
   }
 }
 
+// RMSNorm that a single token's kernel is to compute; its weight [D] is null for none.
+struct Norm {
+  const bf16* weight = nullptr;
+  float epsilon = 0;
+};
+
 // As `up_kernel` for a single token, whose pairs are its slots. A block takes every so many of the tiles of 8 columns, the
 // shared experts' first; while it sums up one, the weights of its next are on their way. Launched early, it begins before
 // the others are chosen: x is older than that.
@@ -150,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kUpBlocks)
     up_one_kernel(const bf16* __restrict__ x, const int* __restrict__ chosen, const int* __restrict__ first,
                   const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
                   const bf16* __restrict__ shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
-                  Sizes z) {
+                  Norm norm, Sizes z) {
   __shared__ uint4 rings[kWarps][STAGES][2][32];
   __shared__ float partial[2][kWarps][16];  // of a tile and the next: 8 columns of gates, 8 of ups
   bf16* xs = dynamic_shared<bf16>();        // [D]
@@ -194,9 +200,7 @@ __global__ void __launch_bounds__(kThreads, kUpBlocks)
   int tile = coming;
   for (int s = 0; s < STAGES; ++s) fetch();
   rely_on_previous_wait();
-  for (int i = threadIdx.x; i < z.width / 8; i += kThreads)
-    reinterpret_cast<uint4*>(xs)[i] = reinterpret_cast<const uint4*>(x)[i];
-  __syncthreads();
+  bring_row(x, norm.weight, norm.epsilon, xs, z.width);
   const uint4 none = make_uint4(0, 0, 0, 0);
   for (int parity = 0; tile < all; tile = next(tile + gridDim.x), parity ^= 1) {
     float acc[2][4] = {};
@@ -393,8 +397,8 @@ struct Operands {
   int* scratch;
 };
 
-// Launch the kernels; a residual is for a single token. `early`: the kernel before is of the same call.
-inline void run(cudaStream_t stream, const Operands& o, const Sizes& z, bool early = false) {
+// Launch the kernels; a norm and a residual are for a single token. `early`: the kernel before is of the same call.
+inline void run(cudaStream_t stream, const Operands& o, const Sizes& z, Norm norm = {}, bool early = false) {
   const Plan plan(o.scratch, z.experts, z.tokens * z.k);
   const bool walks = z.tokens <= kWalks;
   if (z.tokens > 1) launch(stream, plan_kernel, {1, 1024}, o.chosen, o.first, plan, z.tokens, z.k, z.experts, walks);
@@ -411,7 +415,8 @@ inline void run(cudaStream_t stream, const Operands& o, const Sizes& z, bool ear
   if (z.tokens == 1) {
     const int tiles = z.shared / 8 + z.k * (z.inner / 8), most = kUpBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
     launch(stream, up_one_kernel<5>, {tiles < most ? tiles : most, kThreads, z.width * sizeof(bf16), 1, early}, o.x,
-           o.chosen, o.first, o.weights, o.gate_up, o.shared_gate_up, o.hidden, o.shared_hidden, z);
+           o.chosen, o.first, o.weights, o.gate_up, o.shared_gate_up, o.hidden, o.shared_hidden,
+           norm, z);
     walk(walk_kernel<true>);
   } else if (walks) {
     up(up_kernel<1, 1, 5>, 8);

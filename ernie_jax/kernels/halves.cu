@@ -8,33 +8,21 @@
 namespace ernie {
 namespace {
 
-// out[t] = RMSNorm of row t of x [T, K], by a block; rounded where the model's is.
+// out[t] = RMSNorm of row t of x [T, K], by a block.
 __global__ void __launch_bounds__(kThreads) norm_kernel(const bf16* __restrict__ x, const bf16* __restrict__ weight,
                                                         bf16* __restrict__ out, int k, float epsilon) {
-  __shared__ float sums[kWarps];
-  const bf16* row = x + (int64_t)blockIdx.x * k;
-  bf16* target = out + (int64_t)blockIdx.x * k;
+  bf16* row = dynamic_shared<bf16>();
   launch_next();
+  if (threadIdx.x < k / 64) prefetch(weight + threadIdx.x * 64);
   wait_for_previous();
-  float sum = 0;
-  for (int i = threadIdx.x * 4; i < k; i += kThreads * 4) {
-    const float4 v = router::load4(row + i);
-    router::add_product(sum, v, v);
-  }
-  sum = sum_of_warp(sum);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += sums[w];
-  const float scale = rsqrtf(sum / k + epsilon);
-  for (int i = threadIdx.x * 4; i < k; i += kThreads * 4)
-    router::store4(target + i, router::normalise(router::load4(row + i), scale, router::load4(weight + i)));
+  bring_row(x + (int64_t)blockIdx.x * k, weight, epsilon, row, k);
+  auto* to = reinterpret_cast<uint4*>(out + (int64_t)blockIdx.x * k);
+  for (int i = threadIdx.x; i < k / 8; i += kThreads) to[i] = reinterpret_cast<const uint4*>(row)[i];
 }
 
 void run_norm(cudaStream_t stream, const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight, bf16* out, float epsilon) {
   const int tokens = x.dimensions()[0], width = x.dimensions()[1];
-  launch(stream, norm_kernel, {tokens, kThreads, 0, 1, true}, data<bf16>(x), data<bf16>(weight), out, width, epsilon);
+  launch(stream, norm_kernel, {tokens, kThreads, width * sizeof(bf16), 1, true}, data<bf16>(x), data<bf16>(weight), out, width, epsilon);
 }
 
 // out = attention(norm(x)), or x + that; see ops/halves.py.
@@ -46,9 +34,11 @@ ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer 
                           int64_t residual) {
   const int tokens = x.dimensions()[0], width = x.dimensions()[1];
   const int kv_heads = qkv_weight.dimensions()[0], lines = qkv_weight.dimensions()[1], dim = qkv_weight.dimensions()[2];
-  run_norm(stream, x, norm, data<bf16>(*normalised), epsilon);
-  run_linear(stream, {data<bf16>(*normalised), data<bf16>(qkv_weight), nullptr, data<bf16>(*qkv), tokens,
-                      kv_heads * lines * dim, width}, true);
+  const bool one = tokens == 1;  // whose norm every block of the product computes for itself
+  if (!one) run_norm(stream, x, norm, data<bf16>(*normalised), epsilon);
+  run_linear(stream, {one ? data<bf16>(x) : data<bf16>(*normalised), one ? data<bf16>(norm) : nullptr,
+                      data<bf16>(qkv_weight), nullptr, data<bf16>(*qkv), tokens, kv_heads * lines * dim, width, epsilon},
+             true);
   attention::Step step;
   step.q = data<bf16>(*qkv), step.k = step.q + (lines - 2) * dim, step.v = step.k + dim;
   step.line = lines * dim;
@@ -59,8 +49,8 @@ ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer 
   step.sequences = table.dimensions()[0], step.width = table.dimensions()[1];
   step.out = data<bf16>(*heads), step.partials = data<float>(*partials);
   attention::run(stream, step, partials->dimensions()[0], true);
-  run_linear(stream, {data<bf16>(*heads), data<bf16>(out_weight), residual ? data<bf16>(x) : nullptr,
-                      data<bf16>(*out), tokens, width, kv_heads * (lines - 2) * dim}, true);
+  run_linear(stream, {data<bf16>(*heads), nullptr, data<bf16>(out_weight), residual ? data<bf16>(x) : nullptr,
+                      data<bf16>(*out), tokens, width, kv_heads * (lines - 2) * dim, 0}, true);
   return launch_status("attention half");
 }
 
@@ -74,12 +64,11 @@ ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer no
                         ffi::Result<ffi::AnyBuffer> shared_hidden, float norm_min, float epsilon, int64_t residual) {
   const auto shape = gate_up.dimensions();  // [E, 2, F, D]
   const int k = chosen->dimensions()[1], width = shape[3];
-  run_norm(stream, x, norm, data<bf16>(*normalised), epsilon);
-  const router::Problem problem = {data<bf16>(*normalised),
-                                   nullptr,
+  const router::Problem problem = {data<bf16>(x),
+                                   data<bf16>(norm),
                                    data<float>(router),
                                    data<float>(bias),
-                                   nullptr,
+                                   data<bf16>(*normalised),
                                    data<int>(*chosen),
                                    data<bf16>(*weights),
                                    data<float>(*probabilities),
@@ -89,7 +78,7 @@ ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer no
                                    (int)router.dimensions()[0],
                                    k,
                                    norm_min,
-                                   0};
+                                   epsilon};
   router::run(stream, problem, true, true);
   const experts::Sizes z{1, k, (int)shape[0], width, (int)shape[2], (int)shared_gate_up.dimensions()[1]};
   const experts::Operands o{problem.x,           problem.experts,       data<int>(first),
@@ -97,7 +86,7 @@ ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer no
                             data<bf16>(shared_gate_up), data<bf16>(shared_down), residual ? data<bf16>(x) : nullptr,
                             data<bf16>(*out),    data<bf16>(*hidden),   data<bf16>(*shared_hidden),
                             nullptr,             nullptr};
-  experts::run(stream, o, z, true);
+  experts::run(stream, o, z, {data<bf16>(norm), epsilon}, true);
   return launch_status("experts half");
 }
 

@@ -5,8 +5,8 @@ namespace ernie {
 namespace {
 
 ffi::Error linear(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> out) {
-  const Product p{data<bf16>(x),          data<bf16>(w),          nullptr, data<bf16>(*out),
-                  (int)x.dimensions()[0], (int)w.dimensions()[0], (int)x.dimensions()[1]};
+  const Product p{data<bf16>(x),   nullptr, data<bf16>(w), nullptr, data<bf16>(*out), (int)x.dimensions()[0],
+                  (int)w.dimensions()[0], (int)x.dimensions()[1], 0};
   run_linear(stream, p);
   return launch_status("linear");
 }

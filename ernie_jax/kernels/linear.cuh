@@ -1,15 +1,16 @@
-// out[T, N] = x[T, K] w[N, K]^T for few tokens, if wanted added to a residual.
+// out[T, N] = x[T, K] w[N, K]^T for few tokens, if wanted added to a residual; of a single token also of its RMSNorm.
 #pragma once
 
 #include "stream.cuh"
 
 namespace ernie {
 
-// A launch's operands; residual [T, N] may be null.
+// A launch's operands; norm [K], where it is no null that of a single token, and residual [T, N] may be null.
 struct Product {
-  const bf16 *x, *w, *residual;
+  const bf16 *x, *norm, *w, *residual;
   bf16* out;
   int tokens, n, k;
+  float epsilon;
 };
 
 template <int NT, int STAGES>
@@ -27,8 +28,15 @@ __global__ void __launch_bounds__(kThreads, NT == 1 ? 4 : 1) linear_kernel(const
   for (int h = 0; h < 2; ++h)
     lines[0][h] = row + 8 * h < p.tokens ? p.x + (int64_t)(row + 8 * h) * p.k + offset : nullptr;
   float acc[1][NT][4] = {};
-  // Weights are on their way before what they are multiplied with is here.
-  accumulate<NT, 1, STAGES>(room, acc, rows, lines, steps, 1, [] { wait_for_previous(); });
+  const auto ready = [&] {  // weights are on their way
+    if (p.norm && threadIdx.x < p.k / 64) prefetch(p.norm + threadIdx.x * 64);
+    wait_for_previous();
+    if (!p.norm) return;
+    bf16* normalised = dynamic_shared<bf16>();
+    bring_row(p.x, p.norm, p.epsilon, normalised, p.k);
+    lines[0][0] = row == 0 ? normalised + offset : nullptr;
+  };
+  accumulate<NT, 1, STAGES>(room, acc, rows, lines, steps, 1, ready);
   reduce(room, acc[0], 8 * NT, [&](int r, int c, auto sum) {
     if (r >= p.tokens) return;
     const int64_t at = (int64_t)r * p.n + first + c;
@@ -38,10 +46,11 @@ __global__ void __launch_bounds__(kThreads, NT == 1 ? 4 : 1) linear_kernel(const
 }
 
 inline void run_linear(cudaStream_t stream, const Product& p, bool early = false) {
+  const size_t shared = p.norm ? p.k * sizeof(bf16) : 0;
   if (p.n >= 16384)
-    launch(stream, linear_kernel<2, 5>, {p.n / 16, kThreads, 0, 1, early}, p);
+    launch(stream, linear_kernel<2, 5>, {p.n / 16, kThreads, shared, 1, early}, p);
   else
-    launch(stream, linear_kernel<1, 5>, {p.n / 8, kThreads, 0, 1, early}, p);
+    launch(stream, linear_kernel<1, 5>, {p.n / 8, kThreads, shared, 1, early}, p);
 }
 
 }  // namespace ernie

@@ -119,6 +119,7 @@ __device__ __forceinline__ void partial_logits(const Problem& p, int split, int 
         commit_copies();
       }
       if (start) {
+        if (p.norm && threadIdx.x < p.width / 64) prefetch(p.norm + threadIdx.x * 64);
         wait_for_previous();
         launch_next();  // not before, so that the next kernel may rely on this wait
       }

@@ -18,6 +18,49 @@ union Room {
   float partial[kWarps][16][8 * NT + 4];
 };
 
+// Round where the model's RMSNorm does: before the product with the weight and after it.
+__device__ __forceinline__ uint4 normalise(const uint4& v, float scale, const uint4& weight) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w}, weights[4] = {weight.x, weight.y, weight.z, weight.w};
+  uint32_t out[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float low = round_bf16(__uint_as_float(words[i] << 16) * scale);
+    const float high = round_bf16(__uint_as_float(words[i] & 0xffff0000u) * scale);
+    out[i] = pack(low * __uint_as_float(weights[i] << 16), high * __uint_as_float(weights[i] & 0xffff0000u));
+  }
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+// Bring the RMSNorm of a row x [width], or where `norm` is null the row itself, to shared memory. All threads call this.
+__device__ __forceinline__ void bring_row(const bf16* x, const bf16* norm, float epsilon, bf16* row, int width) {
+  __shared__ float sums[kWarps];
+  const auto* from = reinterpret_cast<const uint4*>(x);
+  const auto* weights = reinterpret_cast<const uint4*>(norm);
+  auto* to = reinterpret_cast<uint4*>(row);
+  float sum = 0;
+  for (int i = threadIdx.x; i < width / 8; i += kThreads) {
+    const uint4 v = from[i];
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float low = __uint_as_float(words[w] << 16), high = __uint_as_float(words[w] & 0xffff0000u);
+      sum = fmaf(low, low, fmaf(high, high, sum));
+    }
+    to[i] = v;
+  }
+  if (norm) {
+    sum = sum_of_warp(sum);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += sums[w];
+    const float scale = rsqrtf(sum / width + epsilon);
+    for (int i = threadIdx.x; i < width / 8; i += kThreads) to[i] = normalise(to[i], scale, __ldg(weights + i));
+  }
+  __syncthreads();
+}
+
 // The 16 bytes of x that a lane brings to a step: row lane / 4 and the row 8 below, zero where there is none.
 struct Lines {
   uint4 low, high;

@@ -27,6 +27,8 @@ __forceinline__ void copy_async(void* shared, const void* global, emulator::Site
   emulator::copy_async(shared, global, site);
 }
 
+inline void prefetch(const void*) {}
+
 inline void commit_copies() { emulator::commit_copies(); }
 
 template <int N>
