@@ -30,6 +30,8 @@ from ernie_jax.ops import (
 from ernie_jax.sharding import Layout
 
 _BATCH_AXES = ("group", None)
+# Recording a graph of a step of many tokens takes a GPU's host longer (8 ms) than launching its kernels one by one.
+_NO_GRAPH = {"xla_gpu_graph_min_graph_size": 1 << 30}
 _GROUP_AXES = ("group", None, None, None)
 
 
@@ -199,10 +201,10 @@ class DeviceStep:
                 hidden = shard.sum(window.spread(hidden, tokens), "group")
             return hidden
 
-        def sharded(function, inputs, output):
+        def sharded(function, inputs, output, options=None):
             """Wrap in shard_map; what comes out is the output with the new load, and the pages."""
 
-            @functools.partial(jax.jit, static_argnames="shape", donate_argnames="pages")
+            @functools.partial(jax.jit, static_argnames="shape", donate_argnames="pages", compiler_options=options)
             def call(leaves, pages, load, *args, shape):
                 with compiling_for(layout.capability):
                     return jax.shard_map(
@@ -217,7 +219,8 @@ class DeviceStep:
 
         group, load_spec = layout.spec(_BATCH_AXES), layout.spec(self._own_axes)
         output = StepOutput(layout.spec((None, "vocab")), everywhere, group, load_spec)
-        self._forward = sharded(forward, (everywhere, group), output)
+        self._decode = sharded(forward, (everywhere, group), output)
+        self._prompt = sharded(forward, (everywhere, group), output, _NO_GRAPH if platform == "gpu" else None)
         self._score = sharded(score, (group, everywhere), everywhere)
         here = layout.sharding()
         self._logits = jax.jit(
@@ -256,7 +259,8 @@ class DeviceStep:
         Returns:
           A StepOutput and the pages; those given are donated.
         """
-        (out, self.load), pages = self._forward(self._leaves, pages, self.load, last_tokens, packed, shape=shape)
+        run = self._forward(shape)
+        (out, self.load), pages = run(self._leaves, pages, self.load, last_tokens, packed, shape=shape)
         return out, pages
 
     def score(self, pages: list, step: Step, targets: np.ndarray) -> tuple[jax.Array, list]:
@@ -317,7 +321,10 @@ class DeviceStep:
         packed = jax.ShapeDtypeStruct(
             (self._layout.groups, sum(packed_sizes(shape))), jnp.int32, sharding=self._layout.sharding(_BATCH_AXES)
         )
-        return self._forward.lower(self._leaves, pages, self._no_load, last_tokens, packed, shape=shape)
+        return self._forward(shape).lower(self._leaves, pages, self._no_load, last_tokens, packed, shape=shape)
+
+    def _forward(self, shape: StepShape):
+        return self._decode if shape.query == 1 else self._prompt
 
     def lower_sample(self, logits, state, last_tokens, rows, mask=None, *, features: Features, valid_vocab: int):
         """Lower the sampler; arguments are those of `sample`, or their shapes with shardings."""
