@@ -116,6 +116,9 @@ def test_a_step_fits_and_sends_what_it_must(case):
         # Without unique indices, pages are written by loops of compare-and-swap.
         writes = [line for line in text.splitlines() if " scatter(" in line and f"bf16[{PAGES}," in line]
         assert writes and all("unique_indices=true" in line for line in writes)
+        # No product multiplies by a norm's weight.
+        products = [part for part in text.split("\n\n") if "gemm_fusion" in part.partition("(")[0]]
+        assert products and not [part for part in products if " multiply(" in part]
 
 
 def check_no_large_copies(text):
