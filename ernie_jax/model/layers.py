@@ -363,6 +363,11 @@ class MoE(nnx.Module):
         return y, Routing(*routing)
 
 
+def whole(h: jax.Array, backends: Backends) -> jax.Array:
+    """Keep GPUs' XLA from multiplying by a norm's weight in each product that reads h, or in a pass of its own."""
+    return jax.lax.optimization_barrier(h) if backends.platform == "gpu" else h
+
+
 class DecoderLayer(nnx.Module):
     """x += attention(norm(x)); x += mlp(norm(x))."""
 
@@ -388,7 +393,8 @@ class DecoderLayer(nnx.Module):
                 half = self.attention.half(x, self.input_norm, angles, attend, cache, alone, backends)
             if half is None:
                 alone = False
-                out, cache = self.attention(rows.take(self.input_norm(x)), angles, attend, cache, shard, backends)
+                h = rows.take(whole(self.input_norm(x), backends))
+                out, cache = self.attention(h, angles, attend, cache, shard, backends)
             else:
                 out, cache = half
             x = out if alone else x + shard.sum(rows.spread(out, len(x)), *shard.attention_parts)
@@ -399,7 +405,7 @@ class DecoderLayer(nnx.Module):
             if half is not None:
                 h, routing = half
             else:
-                alone, h = False, self.post_attention_norm(x)
+                alone, h = False, whole(self.post_attention_norm(x), backends)
                 if isinstance(self.mlp, MoE):
                     h, routing = self.mlp(h, shard, backends, rows.total)
                 else:

@@ -36,7 +36,7 @@ class RaggedBatch:
       starts: [B + 1] int32 first token of each sequence.
       kv_lengths: [B] int32 cached tokens including those of this step.
       page_table: [B, M] int32 pages of each sequence in order; the last page, P - 1, where there is none: it belongs to
-        no sequence, and padding tokens write there.
+        no sequence, and padding tokens may write there.
       max_query: static; no sequence brings more new tokens than this.
       decode: static; the first so many tokens are of the first so many sequences, one each, or padding. 0: not known.
     """
@@ -83,7 +83,7 @@ def paged_attention(
     """Write the new keys and values into their pages, then attend causally over each sequence's pages.
 
     Pages hold k and v interleaved by head: k0, v0, k1, v1, ... The softmax is float32. Rows of padding tokens come back
-    undefined but finite, and write to the last page, which belongs to no sequence.
+    undefined but finite, and write to no page but the last, which belongs to no sequence.
 
     Args:
       backend: a name of ATTENTION_BACKENDS.
@@ -167,10 +167,13 @@ def _write(k, v, pages, batch):
     slot = batch.positions % page_size
     if tokens == 1:
         # XLA makes a single write a dynamic-update-slice, for which a TPU changes the layout of the whole cache and
-        # back; a second one, to the scratch page, keeps it a scatter.
+        # back; a second one, which is dropped, keeps it a scatter.
         page = jnp.pad(page, (0, 1), constant_values=len(pages) - 1)
         slot, new = jnp.tile(slot, 2), jnp.tile(new, (2, 1, 1))
-    pages = pages.at[page, slot].set(new, mode="promise_in_bounds")
+    # Padding gets places beyond the pages, all different, and is dropped: of places that may be equal, GPUs' XLA writes
+    # each number by a loop of compare-and-swap.
+    page = jnp.where(page < len(pages) - 1, page, len(pages) + jnp.arange(len(page)))
+    pages = pages.at[page, slot].set(new, mode="drop", unique_indices=True)
     # Without the barrier XLA may fuse the write into the reads that follow, and then copies the whole cache first.
     return jax.lax.optimization_barrier(pages)
 

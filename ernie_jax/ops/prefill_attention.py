@@ -53,18 +53,20 @@ def _attend(q, pages, batch, interpret):
         position = jnp.where(live, batch.positions[0] + first, 0)
         blocks = jnp.where(live, -(-jnp.minimum(position + _TILE, batch.kv_lengths[0]) // block), 1)
     else:
-        # Others' tokens are gathered: the kernel copies groups of 8 rows, and sequences begin anywhere.
+        # Others' tokens are gathered: the kernel copies groups of 8 rows, and sequences begin anywhere. Behind the
+        # barrier, indices are computed once for all layers, not for each number that moves.
         count = -(-jnp.diff(batch.starts) // _TILE)  # tiles of each sequence
         ends = jnp.cumsum(count)
         index = jnp.arange(tokens // _TILE + sequences, dtype=jnp.int32)
         row = jnp.minimum((ends <= index[:, None]).sum(1, dtype=jnp.int32), sequences - 1)
         before = (index - (ends - count)[row]) * _TILE  # tokens of the sequence in front of the tile
         source = (batch.starts[row] + before)[:, None] + jnp.arange(_TILE)
-        flat = flat.at[source.reshape(-1)].get(mode="clip")
+        source, place = jax.lax.optimization_barrier((source.reshape(-1), _places(batch, ends - count)))
+        flat = flat.at[source].get(mode="clip")
         first = index * _TILE
         position = batch.positions[jnp.minimum(batch.starts[row], tokens - 1)] + before
         blocks = -(-jnp.minimum(position + _TILE, batch.kv_lengths[row]) // block)
-        blocks = jnp.where(index < ends[-1], blocks, 0)
+        blocks = jnp.where(index < ends[-1], blocks, index == 0)  # the first tile is also what padding comes out as
     tiles = jnp.stack([first, position, blocks, row], axis=1).astype(jnp.int32)
     tiles = tiles[jnp.argsort(-blocks)]  # the longest first: no multiprocessor starts one when the others are done
     # XLA would hand over a slice of the step's integers where it lies; Mosaic takes multiples of 256 bytes only.
@@ -72,7 +74,11 @@ def _attend(q, pages, batch, interpret):
     out = attend_tiles(flat, pages, table, tiles, block=block, steps=STEPS, interpret=interpret)
     if sequences == 1:
         return out[:tokens].reshape(q.shape)
-    row = jnp.minimum(batch.rows, sequences - 1)
-    place = (ends - count)[row] * _TILE + jnp.arange(tokens) - batch.starts[row]
-    place = jnp.where(batch.rows < sequences, place, len(out))
-    return out.at[place].get(mode="fill", fill_value=0).reshape(q.shape)
+    return out.at[place].get(mode="promise_in_bounds").reshape(q.shape)
+
+
+def _places(batch, tiles):
+    """Return where each token lies in the tiles, of which sequences have theirs from `tiles` on; padding: the first."""
+    row = jnp.minimum(batch.rows, len(tiles) - 1)
+    place = tiles[row] * _TILE + jnp.arange(len(row)) - batch.starts[row]
+    return jnp.where(batch.rows < len(tiles), place, 0)

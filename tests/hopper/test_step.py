@@ -113,6 +113,12 @@ def test_a_step_fits_and_sends_what_it_must(case):
         # Mosaic takes no slice of a larger array where it lies, unless that is a multiple of 256 bytes.
         slices = [part for part in text.split("\n\n") if part.lstrip("%").startswith("dynamic-slice-fusion")]
         assert not [part for part in slices if "mosaic_gpu_v2" in part]
+        # Without unique indices, pages are written by loops of compare-and-swap.
+        writes = [line for line in text.splitlines() if " scatter(" in line and f"bf16[{PAGES}," in line]
+        assert writes and all("unique_indices=true" in line for line in writes)
+        # No product multiplies by a norm's weight.
+        products = [part for part in text.split("\n\n") if "gemm_fusion" in part.partition("(")[0]]
+        assert products and not [part for part in products if " multiply(" in part]
 
 
 def check_no_large_copies(text):

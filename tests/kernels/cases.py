@@ -240,6 +240,8 @@ def check_prefill(rng, run, runs, padding, page_size, kv_heads, group):
     assert np.isfinite(out).all()
     wide, pages = np.asarray(q, np.float64), np.asarray(pages, np.float64)
     for index, (cached, new) in enumerate(runs):
+        if not new:
+            continue
         here = slice(starts[index], starts[index] + new)
         k, v = np.moveaxis(pages[table[index]].reshape(-1, kv_heads, 2, H)[: cached + new], 2, 0)
         scores = np.einsum("qkrh,skh->krqs", wide[here], k) * H**-0.5
