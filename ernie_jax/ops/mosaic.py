@@ -28,12 +28,11 @@ class Tiles(NamedTuple):
 
 
 # From so many pairs of a token and an expert on: gate and up, down. Both must agree in the rows of a block. Of a few
-# pairs the weights are what takes time: blocks hold as few rows as a tensor core takes. From benchmarks/prefill_ops.py on
-# an H100, those of 32,768 on an H200.
+# pairs the weights are what takes time: blocks hold as few rows as a tensor core takes. Those of many are from
+# benchmarks/prefill_ops.py on an H200.
 TILES = {
-    0: (Tiles(64, 128, "columns", 3, 12), Tiles(64, 128, "columns", 3, 10)),
-    4096: (Tiles(128, 128, "rows", 4, 24), Tiles(128, 128, "rows", 4, 24)),
-    32768: (Tiles(64, 256, "rows", 4, 12), Tiles(64, 256, "rows", 4, 10)),
+    0: (Tiles(64, 128, "columns", 4, 12), Tiles(64, 128, "columns", 4, 10)),
+    4096: (Tiles(64, 256, "rows", 4, 12), Tiles(64, 256, "rows", 4, 10)),
 }
 
 
