@@ -28,10 +28,10 @@ class Tiles(NamedTuple):
 
 
 # From so many pairs of a token and an expert on: gate and up, down. Both must agree in the rows of a block. Of a few
-# pairs the weights are what takes time: blocks hold as few rows as a tensor core takes. Those of many are from
-# benchmarks/prefill_ops.py on an H200.
+# pairs the weights are what takes time: small tiles, many loads in flight. From benchmarks/prefill_ops.py, those of few on
+# an H100, those of many on an H200.
 TILES = {
-    0: (Tiles(64, 128, "columns", 4, 12), Tiles(64, 128, "columns", 4, 10)),
+    0: (Tiles(64, 128, "rows", 6, 12), Tiles(64, 128, "rows", 6, 10)),
     4096: (Tiles(64, 256, "rows", 4, 12), Tiles(64, 256, "rows", 4, 10)),
 }
 
@@ -62,7 +62,7 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     Raises:
       UserError: if the sizes, the dtype or the GPU are not what it takes.
     """
-    from ernie_jax.ops.mosaic_kernel import ALIGNMENT, Tiling, grouped_product  # Mosaic GPU, for Hopper GPUs only
+    from ernie_jax.ops.mosaic_kernel import ALIGNMENT, INNER, Tiling, grouped_product  # Mosaic GPU, for Hopper GPUs only
 
     tokens, k = chosen.shape
     experts, _, inner, width = gate_up.shape
@@ -94,7 +94,11 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
         most=block,
     )
     up_shared, down_shared = (None, None) if shared is None else (shared[0], shared[1][None])
-    hidden = grouped_product(gathered, gate_up, which, count, Tiling(*tiles[0]), up_shared)
-    out = grouped_product(hidden, down[:, None], which, count, Tiling(*tiles[1]), down_shared)
+    up_tiling, down_tiling = (
+        Tiling(*tile)._replace(steps=min(tile.steps, contracted // INNER))
+        for tile, contracted in zip(tiles, (width, inner), strict=True)
+    )
+    hidden = grouped_product(gathered, gate_up, which, count, up_tiling, up_shared)
+    out = grouped_product(hidden, down[:, None], which, count, down_tiling, down_shared)
     total = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return kernels.call("ernie_combine_pairs", total, out, place, chosen, here, weights.astype(x.dtype), **sizes)

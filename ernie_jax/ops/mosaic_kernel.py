@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _SMS = 132  # of an H100 or H200; right with any number, fastest with the real one
-_INNER = 64  # contracted at a time: 128 bytes, the widest swizzle
+INNER = 64  # contracted at a time: 128 bytes, the widest swizzle
 _EPILOGUE = 64  # rows and columns that leave a warpgroup at a time
 ALIGNMENT = 8  # rows, at a multiple of which an expert's rows begin: those of a tile in shared memory
 
@@ -68,9 +68,9 @@ def grouped_product(
     width = tiling.columns // gates  # of the output, per warpgroup
     across = 2 if tiling.split == "columns" else 1  # warpgroups side by side
     block = tiling.block
-    if outputs % (width * across) or width % _EPILOGUE or inner % _INNER or inner // _INNER < tiling.steps:
+    if outputs % (width * across) or width % _EPILOGUE or inner % INNER or inner // INNER < tiling.steps:
         raise ValueError(f"{tiling} does not divide rows {rows.shape} and weights {weight.shape}")
-    column_tiles, turns = outputs // (width * across), inner // _INNER
+    column_tiles, turns = outputs // (width * across), inner // INNER
     beside = (outputs, 0) if shared is None or shared.shape[2] == inner else (0, inner)  # from one expert to the next
 
     def tile_of(index, live):
@@ -99,12 +99,12 @@ def grouped_product(
                     target = b.at[slot, pl.ds(part * width, width)]
 
                     def load_chosen():
-                        window = pl.ds(first, width), pl.ds(turn * _INNER, _INNER)
+                        window = pl.ds(first, width), pl.ds(turn * INNER, INNER)
                         plgpu.copy_gmem_to_smem(weight_ref.at[chosen, part % gates, *window], target, full.at[slot])
 
                     def load_shared():
                         down, right = ((chosen - experts) * size for size in beside)
-                        window = pl.ds(down + first, width), pl.ds(right + turn * _INNER, _INNER)
+                        window = pl.ds(down + first, width), pl.ds(right + turn * INNER, INNER)
                         plgpu.copy_gmem_to_smem(shared_ref.at[part % gates, *window], target, full.at[slot])
 
                     if shared is None:
@@ -115,7 +115,7 @@ def grouped_product(
 
                 for part in range(across * gates):
                     load_weights(part)
-                source = rows_ref.at[pl.ds(first_row, block), pl.ds(turn * _INNER, _INNER)]
+                source = rows_ref.at[pl.ds(first_row, block), pl.ds(turn * INNER, INNER)]
                 plgpu.copy_gmem_to_smem(source, a.at[slot], full.at[slot])
 
         mine = lax.div(live * column_tiles + _SMS - 1 - lax.axis_index("sm"), _SMS) * turns
@@ -159,17 +159,19 @@ def grouped_product(
                 y = gate / (1 + jnp.exp(-gate)) * y[:, width:]
             y = y.astype(out_ref.dtype)
             first_row, rows_here = pl.multiple_of(blocks_ref[row_tile, 1], ALIGNMENT), blocks_ref[row_tile, 2]
-            for piece in range(tiling.rows // _EPILOGUE * (width // _EPILOGUE)):
+            pieces = tiling.rows // _EPILOGUE * (width // _EPILOGUE)
+            for piece in range(pieces):
                 i, j = divmod(piece, width // _EPILOGUE)
+                buffer = lax.rem(info.local_index * pieces + piece, 2)  # not that of the piece before, of a tile before
                 i, j = i * _EPILOGUE, j * _EPILOGUE
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                out[group, piece % 2] = y[i : i + _EPILOGUE, j : j + _EPILOGUE]
+                out[group, buffer] = y[i : i + _EPILOGUE, j : j + _EPILOGUE]
                 plgpu.commit_smem()
                 i += down * tiling.rows
 
-                def store(at, size, i=i, j=j, piece=piece):
+                def store(at, size, i=i, j=j, buffer=buffer):
                     columns = pl.ds((column_tile * across + right) * width + j, _EPILOGUE)
-                    source = out.at[group, piece % 2, pl.ds(at, size)]
+                    source = out.at[group, buffer, pl.ds(at, size)]
                     plgpu.copy_smem_to_gmem(
                         source, out_ref.at[pl.ds(first_row + i + at, size), columns], commit_group=False
                     )
@@ -186,12 +188,12 @@ def grouped_product(
 
     def body(blocks_ref, live_ref, rows_ref, weight_ref, *more):
         shared_ref, out_ref = (None, *more)[-2:]
-        swizzled = plgpu.TilingTransform((8, _INNER)), plgpu.SwizzleTransform(128)
+        swizzled = plgpu.TilingTransform((8, INNER)), plgpu.SwizzleTransform(128)
 
         @functools.partial(
             pl.run_scoped,
-            a=plgpu.SMEM((tiling.steps, block, _INNER), rows.dtype, transforms=swizzled),
-            b=plgpu.SMEM((tiling.steps, across * tiling.columns, _INNER), rows.dtype, transforms=swizzled),
+            a=plgpu.SMEM((tiling.steps, block, INNER), rows.dtype, transforms=swizzled),
+            b=plgpu.SMEM((tiling.steps, across * tiling.columns, INNER), rows.dtype, transforms=swizzled),
             out=plgpu.SMEM((2, 2, _EPILOGUE, _EPILOGUE), rows.dtype, transforms=swizzled),
             full=plgpu.Barrier(num_arrivals=1 + across * gates, num_barriers=tiling.steps),
             free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.steps),
