@@ -28,8 +28,8 @@ class Tiles(NamedTuple):
 
 
 # From so many pairs of a token and an expert on: gate and up, down. Both must agree in the rows of a block. Of a few
-# pairs the weights are what takes time: small tiles, many loads in flight. From benchmarks/prefill_ops.py, those of few on
-# an H100, those of many on an H200.
+# pairs the weights are what takes time: small tiles, many loads in flight. Measured by benchmarks/prefill_ops.py, those
+# of few on an H100, those of many on an H200.
 TILES = {
     0: (Tiles(64, 128, "rows", 6, 12), Tiles(64, 128, "rows", 6, 10)),
     4096: (Tiles(64, 256, "rows", 4, 12), Tiles(64, 256, "rows", 4, 10)),
@@ -62,7 +62,8 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     Raises:
       UserError: if the sizes, the dtype or the GPU are not what it takes.
     """
-    from ernie_jax.ops.mosaic_kernel import ALIGNMENT, INNER, Tiling, grouped_product  # Mosaic GPU, for Hopper GPUs only
+    # Mosaic GPU, for Hopper GPUs only
+    from ernie_jax.ops.mosaic_kernel import ALIGNMENT, INNER, Tiling, grouped_product
 
     tokens, k = chosen.shape
     experts, _, inner, width = gate_up.shape
