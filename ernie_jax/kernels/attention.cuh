@@ -22,13 +22,12 @@ constexpr int kTile = 16;  // positions
 constexpr int kLeastTiles = 16;  // of a range: below this a merge of blocks costs more than it saves
 constexpr int kMostTokens = 2048;  // of a step: ops/decode_attention.py asks for no more
 constexpr int kMostBlocks = 512;  // of a launch: there is room for so many partial results
-constexpr int kBlocksPerSm = 2;
 // Floats of a query's partial result; at kHeadDim follow its maximum and sum.
 constexpr int kPitch = kHeadDim + 4;
 
-// Two tiles of 8 queries need twice the registers of one, so their blocks have half the warps.
-template <int NT>
-constexpr int kWarps = NT == 1 ? 8 : 4;
+// Blocks of W warps on a multiprocessor. Two tiles of 8 queries need twice the registers of one.
+template <int NT, int W>
+constexpr int kBlocksPerSm = 16 / (NT * W);
 
 // How many blocks have left a partial result of what began in a block's range. The last to come makes it 0 again, and
 // XLA runs a device's launches one after the other, so every launch finds zeros.
@@ -238,9 +237,8 @@ struct Softmax {
 };
 
 // Attend with the queries of a token's head over its tiles [begin, end), each warp over its share.
-template <int NT>
+template <int NT, int W>
 __device__ __forceinline__ void attend(const Step& step, int t, int head, int begin, int end, Room<NT>* rooms) {
-  constexpr int W = kWarps<NT>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int tile = begin + warp;
   if (tile >= end) return;
@@ -370,9 +368,8 @@ __device__ __forceinline__ void each_result(int group, Use use) {
 }
 
 // Sum what the first `used` warps of the block found.
-template <int NT>
+template <int NT, int W>
 __device__ __forceinline__ Merge merge_warps(const Room<NT>* rooms, int used, int query, int dim) {
-  constexpr int W = kWarps<NT>;
   float2 ends[W];
   float4 outs[W];
 #pragma unroll
@@ -413,13 +410,13 @@ __device__ __forceinline__ void merge_ranges(const Step& step, int head, int fro
   });
 }
 
-template <int NT>
-__global__ void __launch_bounds__(32 * kWarps<NT>, kBlocksPerSm) decode_kernel(const Step step) {
+template <int NT, int W>
+__global__ void __launch_bounds__(32 * W, kBlocksPerSm<NT, W>) decode_kernel(const Step step) {
   __shared__ int first[kMostTokens + 1];
   __shared__ Plan plan;
   __shared__ bool last;
   Room<NT>* rooms = dynamic_shared<Room<NT>>();
-  const int longest = count_tiles<kWarps<NT>>(step, first);
+  const int longest = count_tiles<W>(step, first);
   if (threadIdx.x == 0) plan = make_plan(step, first[step.tokens], longest);
   launch_next();
   wait_for_previous();
@@ -438,18 +435,18 @@ __global__ void __launch_bounds__(32 * kWarps<NT>, kBlocksPerSm) decode_kernel(c
     for (int at = plan.begin(range, first), end; at < range_end; at = end) {
       const int t = find(first, step.tokens, at), begin = first[t];
       end = min(range_end, first[t + 1]);
-      attend<NT>(step, t, head, at - begin, end - begin, rooms);
+      attend<NT, W>(step, t, head, at - begin, end - begin, rooms);
       __syncthreads();
-      const int used = min(end - at, kWarps<NT>);
+      const int used = min(end - at, W);
       bf16* out = step.out + (t * step.kv_heads + head) * head_size;
       if (at == begin && end == first[t + 1]) {
         each_result(step.group, [&](int query, int dim) {
-          merge_warps<NT>(rooms, used, query, dim).finish(out + query * kHeadDim + dim);
+          merge_warps<NT, W>(rooms, used, query, dim).finish(out + query * kHeadDim + dim);
         });
       } else {
         float* mine = partial(step, range, head, at == begin);
         each_result(step.group, [&](int query, int dim) {
-          const Merge merge = merge_warps<NT>(rooms, used, query, dim);
+          const Merge merge = merge_warps<NT, W>(rooms, used, query, dim);
           *reinterpret_cast<float4*>(mine + query * kPitch + dim) = merge.out;
           if (dim == 0)
             *reinterpret_cast<float2*>(mine + query * kPitch + kHeadDim) = make_float2(merge.peak, merge.sum);
@@ -469,18 +466,27 @@ __global__ void __launch_bounds__(32 * kWarps<NT>, kBlocksPerSm) decode_kernel(c
   }
 }
 
-// Launch the kernel for a step; `blocks` is how many partial results there is room for.
-inline void run(cudaStream_t stream, const Step& step, int64_t blocks_at_most, bool early = false) {
-  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+template <int NT, int W>
+void run(cudaStream_t stream, const Step& step, int64_t blocks_at_most, bool early) {
   // As many ranges as run at a time, but no more than the longest sequences that the tables have room for could fill.
-  const int64_t most = std::min<int64_t>({kMostBlocks, blocks_at_most, kBlocksPerSm * processors});
+  const int64_t at_a_time = kBlocksPerSm<NT, W> * device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t most = std::min<int64_t>({kMostBlocks, blocks_at_most, at_a_time});
   const int64_t pieces = (step.width * (step.page_size / kTile) + kLeastTiles - 1) / kLeastTiles;
   const int64_t ranges = std::min<int64_t>(step.tokens * pieces, most / step.kv_heads);
   const int blocks = std::max<int64_t>(ranges, 1) * step.kv_heads;
-  if (step.group <= 8)
-    launch(stream, decode_kernel<1>, {blocks, 32 * kWarps<1>, kWarps<1> * sizeof(Room<1>), 1, early}, step);
+  launch(stream, decode_kernel<NT, W>, {blocks, 32 * W, W * sizeof(Room<NT>), 1, early}, step);
+}
+
+// Launch the kernel for a step; `blocks` is how many partial results there is room for.
+inline void run(cudaStream_t stream, const Step& step, int64_t blocks_at_most, bool early = false) {
+  // Of many tokens each has few warps, and more of them run at a time: a short sequence has no work for eight.
+  const int at_a_time = kBlocksPerSm<1, 8> * device_attribute(cudaDevAttrMultiProcessorCount);
+  if (step.group > 8)
+    run<2, 4>(stream, step, blocks_at_most, early);
+  else if (step.tokens * step.kv_heads <= at_a_time)
+    run<1, 8>(stream, step, blocks_at_most, early);
   else
-    launch(stream, decode_kernel<2>, {blocks, 32 * kWarps<2>, kWarps<2> * sizeof(Room<2>), 1, early}, step);
+    run<1, 4>(stream, step, blocks_at_most, early);
 }
 
 }  // namespace
