@@ -217,9 +217,16 @@ class LLM:
         return completions
 
     def stream(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        keep: frozenset[int] = frozenset(),
     ) -> Iterator[Chunk]:
-        """Continue every prompt like `generate`, yielding text as it comes; closing the iterator stops the work."""
+        """Continue every prompt like `generate`, yielding text as it comes; closing the iterator stops the work.
+
+        Args:
+          keep: ids that are text even if special, such as the tags that an AnswerParser looks for.
+        """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list; for one text pass [text]")
         if self.engine.has_work:
@@ -230,7 +237,7 @@ class LLM:
         streams = {}
         for index, (prompt, ids, settings) in enumerate(zip(prompts, encoded, params, strict=True)):
             request = self.engine.submit(ids, settings)
-            streams[request] = _Stream(index, len(ids), settings, self.tokenizer, _is_chat(prompt))
+            streams[request] = _Stream(index, len(ids), settings, self.tokenizer, _is_chat(prompt), keep)
         try:
             while streams:
                 for event in self.engine.step():
@@ -280,11 +287,19 @@ class LLM:
 class _Stream:
     """Turn the token events of one request into text chunks and at last a Completion."""
 
-    def __init__(self, index: int, prompt_tokens: int, params: SamplingParams, tokenizer: Tokenizer | None, chat: bool):
+    def __init__(
+        self,
+        index: int,
+        prompt_tokens: int,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        chat: bool,
+        keep: frozenset[int],
+    ):
         self._index = index
         self._prompt_tokens = prompt_tokens
         self._params = params
-        self._stream = TextStream(tokenizer, params.stop, strip_space=chat) if tokenizer else None
+        self._stream = TextStream(tokenizer, params.stop, strip_space=chat, keep=keep) if tokenizer else None
         self._text: list[str] = []
         self._events: list[TokenEvent] = []
 
