@@ -3,7 +3,8 @@
     llm = ernie_jax.load("checkpoints/ernie-4.5-21b")
     llm.generate(["The capital of France is"], ernie_jax.SamplingParams(max_new_tokens=32))
 
-For logits, `llm.logits(token_ids)`, or the bare model: `ernie_jax.forward(llm.model, tokens)`.
+For logits, `llm.logits(token_ids)`, or the bare model: `ernie_jax.forward(llm.model, tokens)`, and
+`ernie_jax.routing(llm.model, tokens)` for the experts that it chose.
 """
 
 from __future__ import annotations
@@ -18,10 +19,21 @@ if TYPE_CHECKING:
     from ernie_jax.config import ModelConfig
     from ernie_jax.engine import SamplingParams
     from ernie_jax.llm import LLM, Completion, Score, load
-    from ernie_jax.model import Ernie, forward
+    from ernie_jax.model import Ernie, forward, routing
 
 __version__ = VERSION
-__all__ = ["LLM", "Completion", "Ernie", "ModelConfig", "SamplingParams", "Score", "UserError", "forward", "load"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "Ernie",
+    "ModelConfig",
+    "SamplingParams",
+    "Score",
+    "UserError",
+    "forward",
+    "load",
+    "routing",
+]
 
 _HOMES = {
     "LLM": "llm",
@@ -32,6 +44,7 @@ _HOMES = {
     "SamplingParams": "engine",
     "Ernie": "model",
     "forward": "model",
+    "routing": "model",
 }
 
 

@@ -95,6 +95,25 @@ def test_the_bare_model_gives_the_same_logits(tiny):
     np.testing.assert_allclose(logits[0], tiny.logits([5, 6, 7, 8]), atol=1e-4)
 
 
+def test_routing_is_what_scoring_goes_by(llm):
+    """Each token's experts are the likeliest by biased probability, whatever padding follows its text."""
+    texts = [llm.encode(text) for text in ("And it came to pass, that the king said unto them", "春晓\n孟浩然\n")]
+    before = llm.engine.expert_load()
+    llm.score(texts)
+    counted = llm.engine.expert_load() - before
+    tokens = np.zeros((2, 32), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    found = jax.jit(ernie_jax.routing)(llm.model, tokens)
+    for layer, routed, counts in zip(llm.config.moe_layers, found, counted, strict=True):
+        assert routed.experts.shape == routed.weights.shape == (2, 32, 2) and routed.probabilities.shape == (2, 32, 8)
+        biased = routed.probabilities + llm.model.layers[layer].mlp.router.correction_bias[...]
+        np.testing.assert_array_equal(routed.experts, jax.lax.top_k(biased, 2)[1])
+        np.testing.assert_allclose(routed.weights.sum(-1), 1, atol=1e-5)
+        chosen = np.concatenate([row[: len(text)] for row, text in zip(routed.experts, texts, strict=True)])
+        np.testing.assert_array_equal(np.bincount(chosen.ravel(), minlength=8), counts)
+
+
 def test_scores_agree_with_logits(tiny, rng):
     texts = [rng.integers(3, 320, length).tolist() for length in (30, 1, 5)]
     for text, score in zip(texts, tiny.score(texts), strict=True):

@@ -155,10 +155,22 @@ def forward(model: Ernie, tokens: jax.Array) -> jax.Array:
 
     A pure function, ready for `jax.jit` and `jax.grad` over the model (a pytree).
     """
+    return model.logits(_run(model, tokens).hidden)
+
+
+def routing(model: Ernie, tokens: jax.Array) -> tuple[Routing, ...]:
+    """Return what each layer of `config.moe_layers` decided for whole sequences [B, T]; its arrays begin with [B, T].
+
+    A pure function, ready for `jax.jit`.
+    """
+    found = _run(model, tokens).routing
+    return tuple(Routing(*(array.reshape(*tokens.shape, -1) for array in routed)) for routed in found)
+
+
+def _run(model: Ernie, tokens: jax.Array) -> ModelOutput:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     one_document = jnp.zeros_like(tokens)
-    out = model(tokens, positions, lambda q, k, v, cache: (packed_attention(q, k, v, one_document), cache))
-    return model.logits(out.hidden)
+    return model(tokens, positions, lambda q, k, v, cache: (packed_attention(q, k, v, one_document), cache))
 
 
 def parameter_specs(config: ModelConfig, dtype=jnp.bfloat16) -> dict[str, jax.ShapeDtypeStruct]:
