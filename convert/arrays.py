@@ -12,9 +12,10 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from convert.table import Placement
+from convert.table import Placement, scale_path
 from convert.target import STATE
 from ernie_jax.errors import UserError
+from ernie_jax.ops import Quantized, dequantize
 from ernie_jax.paths import is_local
 
 CACHE_BYTES = 128 << 20  # so that a chunk of gate and up is read once for the tensors of both
@@ -23,11 +24,16 @@ _SLAB_BYTES = 32 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Slab:
-    """Consecutive elements, from `start`, of a tensor in our orientation, and where they are stored."""
+    """Consecutive elements, from `start`, of a tensor in our orientation, and where they are stored.
+
+    Attributes:
+      scales: of quantised elements.
+    """
 
     start: int
     view: ts.TensorStore
     where: str
+    scales: ts.TensorStore | None = None
 
     @property
     def size(self) -> int:
@@ -40,6 +46,11 @@ class Slab:
           UserError: if the file that holds them is missing or damaged.
         """
         return _checked(self.view.read(), self.where).reshape(-1)
+
+    def dequantize(self) -> np.ndarray:
+        """Return quantised elements, [size], in float32; raises as `read` does."""
+        scales = _checked(self.scales.read(), f"{self.where}'s scale")
+        return dequantize(Quantized(self.read().reshape(self.view.shape), scales)).reshape(-1)
 
 
 class Arrays:
@@ -70,11 +81,14 @@ class Arrays:
         for block in placement.blocks:
             array = self._arrays[placement.parameter]
             view = (array[block] if block else array)[ts.d[0].translate_to[0]]
-            row_bytes = view.size // view.shape[0] * array.dtype.numpy_dtype.itemsize
-            step = max(1, _SLAB_BYTES // row_bytes)
+            itemsize, scales = array.dtype.numpy_dtype.itemsize, self._arrays.get(scale_path(placement.parameter))
+            if scales is not None:
+                itemsize, scales = 4, (scales[block] if block else scales)[ts.d[0].translate_to[0]]
+            step = max(1, _SLAB_BYTES // (view.size // view.shape[0] * itemsize))
             for first in range(0, view.shape[0], step):
-                part = view[first : min(first + step, view.shape[0])]
-                yield Slab(start, part, self._where(placement.parameter))
+                rows = slice(first, min(first + step, view.shape[0]))
+                part = view[rows]
+                yield Slab(start, part, self._where(placement.parameter), None if scales is None else scales[rows])
                 start += part.size
 
     def _where(self, path: str) -> str:

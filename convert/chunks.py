@@ -1,7 +1,7 @@
 """Chunks: the files in which a parameter is stored, and how each is filled from source tensors.
 
 A parameter is cut along its leading axes only, so that a chunk is a run of consecutive elements, and a conversion of
-any size holds a few chunks in memory.
+any size holds a few chunks in memory. A quantised one is cut between output channels, and its scales alike.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from convert.shards import StoredTensor, TensorReader
-from convert.table import Placement
+from convert.table import Placement, scale_path
+from ernie_jax.errors import UserError
+from ernie_jax.ops import quantize
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 32 << 20  # of a quantised parameter before it is
+_EXACT = np.dtype(np.float32)  # in which weights are read to be quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +36,19 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One stored parameter: its shape and that of its chunks, and where its elements come from, in order."""
+    """One stored parameter: its shape and that of its chunks, and where its elements come from, in order.
+
+    Attributes:
+      runs: none of scales, which are written along with the values.
+      scales: those of a quantised parameter.
+    """
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk_shape: tuple[int, ...]
     runs: tuple[Run, ...]
+    scales: Parameter | None = None
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +80,25 @@ class Chunk:
     def nbytes(self) -> int:
         return self.size * self.parameter.dtype.itemsize
 
+    @property
+    def scales(self) -> Chunk | None:
+        """The chunk with the scales of this one's values."""
+        if (parameter := self.parameter.scales) is None:
+            return None
+        outputs, inner = len(parameter.shape), math.prod(self.parameter.shape[len(parameter.shape) :])
+        key = ".".join(self.key.split(".")[:outputs])
+        return Chunk(parameter, key, self.start // inner, self.count // inner, self.size // inner)
+
+    @property
+    def written_bytes(self) -> int:
+        """How many bytes come of it, in one or two files."""
+        return self.nbytes + (self.scales.nbytes if self.scales else 0)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """How many bytes `fill` needs."""
+        return self.size * (self.parameter.dtype if self.scales is None else _EXACT).itemsize
+
     def pieces(self) -> Iterator[tuple[Run, int, int]]:
         """Yield each run that the chunk overlaps, with the first and last element of the overlap in the parameter."""
         runs = self.parameter.runs
@@ -84,22 +112,33 @@ class Chunk:
         """Name the files that the chunk needs."""
         return {run.tensor.file for run, _, _ in self.pieces()}
 
-    def fill(self, reader: TensorReader, buffer: np.ndarray) -> np.ndarray:
-        """Read the chunk's contents into the front of a byte buffer.
+    def fill(self, reader: TensorReader, buffer: np.ndarray) -> list[tuple[Chunk, np.ndarray]]:
+        """Read the chunk's contents into the front of a byte buffer, and quantise them if that is asked for.
 
         Args:
-          buffer: [at least nbytes] uint8.
+          buffer: [at least buffer_bytes] uint8.
 
         Returns:
-          The bytes of the chunk, [nbytes] uint8: a part of the buffer.
+          The chunk with its bytes, [nbytes] uint8, which may be a part of the buffer; then that of its scales.
+
+        Raises:
+          UserError: if weights that are to be quantised are not finite.
         """
-        contents = buffer[: self.nbytes]
-        elements = contents.view(self.parameter.dtype)
+        scales = self.scales
+        elements = buffer[: self.buffer_bytes].view(self.parameter.dtype if scales is None else _EXACT)
         for run, first, last in self.pieces():
             out = elements[first - self.start : last - self.start]
             reader.read(run.tensor, run.source_start + first - run.start, out, run.transposed)
         elements[self.count :] = 0
-        return contents
+        if scales is None:
+            return [(self, elements.view(np.uint8))]
+        try:
+            quantized = quantize(elements.reshape(scales.size, -1))
+        except ValueError as error:
+            names = ", ".join(run.tensor.name for run, _, _ in self.pieces())
+            raise UserError(f"one of {names} {error}; it cannot be quantised") from None
+        found = (self, quantized.values), (scales, quantized.scales)
+        return [(chunk, array.reshape(-1).view(np.uint8)) for chunk, array in found]
 
 
 def plan_parameters(
@@ -108,7 +147,7 @@ def plan_parameters(
     """Lay out every parameter: its chunks and the runs that fill it.
 
     Args:
-      shapes, dtypes: of every parameter, by path.
+      shapes, dtypes: of every parameter, by path. Those in int8 are quantised, and have a sibling "scale".
     """
     runs: dict[str, list[Run]] = {path: [] for path in shapes}
     for placement in placements:
@@ -120,12 +159,27 @@ def plan_parameters(
                 source_start += count
     parameters = []
     for path, shape in shapes.items():
+        if path.endswith(".scale"):
+            continue  # laid out with its values
         ordered = sorted(runs[path], key=lambda run: run.start)
         ends = itertools.accumulate((run.count for run in ordered), initial=0)
         assert [run.start for run in ordered] + [math.prod(shape)] == list(ends), f"{path} is not covered once"
-        chunk = _chunk_shape(shape, dtypes[path].itemsize, single_experts=".experts." in path)
-        parameters.append(Parameter(path, shape, dtypes[path], chunk, tuple(ordered)))
+        quantized = dtypes[path] == np.int8
+        itemsize = (_EXACT if quantized else dtypes[path]).itemsize
+        chunk, scales = _chunk_shape(shape, itemsize, single_experts=".experts." in path), None
+        if quantized:
+            scales = _scales(path, shapes, chunk)
+            parameters.append(scales)
+        parameters.append(Parameter(path, shape, dtypes[path], chunk, tuple(ordered), scales))
     return parameters
+
+
+def _scales(path: str, shapes: Mapping[str, tuple[int, ...]], chunk: tuple[int, ...]) -> Parameter:
+    """Lay out the scales of a parameter with these chunks."""
+    scale = scale_path(path)
+    outputs = len(shapes[scale])
+    assert chunk[outputs:] == shapes[path][outputs:], f"{path} is cut within an output channel"
+    return Parameter(scale, shapes[scale], _EXACT, chunk[:outputs], ())
 
 
 def _block_runs(shape: tuple[int, ...], block: tuple) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import collections
 import contextlib
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -41,6 +42,7 @@ def convert(
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     host_memory_gb: float = 4.0,
     overwrite: bool = False,
     keep_download: bool = False,
@@ -55,6 +57,7 @@ def convert(
       target: the directory to write, local or gs://.
       revision: branch, tag or commit of a hub id.
       dtype: "bfloat16", "float32" or "float16" for everything but the router; default: each tensor's own.
+      quantize: "int8" for the weights of attention, MLPs and experts; default: they are as `dtype` says.
       host_memory_gb: how much anonymous memory to use at most, in each process.
       overwrite: replace a checkpoint that is at the target, finished or not.
       keep_download: leave the shards of a hub id in Hugging Face's cache; by default each is deleted once written.
@@ -66,19 +69,21 @@ def convert(
     threads = thread_count(host_memory_gb)
     origin = Source(source, revision, keep_download)
     model = read_model(origin)
-    placements, ignored = place(model.config, model.tensors, source, model.hint)
-    shapes = {path: spec.shape for path, spec in parameter_specs(model.config).items()}
-    parameters = plan_parameters(placements, shapes, parameter_dtypes(model.config, placements, requested))
+    config = dataclasses.replace(model.config, quantize=quantize)
+    placements, ignored = place(config, model.tensors, source, model.hint)
+    shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
+    parameters = plan_parameters(placements, shapes, parameter_dtypes(config, placements, requested))
     _say_what_is_odd(model, ignored)
 
     shards = {file: [fields["bytes"], fields["header"]] for file, fields in model.fingerprint["shards"].items()}
     distributed.agree({f"the content of --source={source}": [shards, model.fingerprint["small_files"]]})
-    plan = {"source": source, "revision": origin.revision, "dtype": dtype, "chunk_bytes": CHUNK_BYTES}
+    plan = {"source": source, "revision": origin.revision, "dtype": dtype, "quantize": quantize}
+    plan["chunk_bytes"] = CHUNK_BYTES
     out = Target(storage_path(target), plan | model.fingerprint, overwrite)
-    remaining = [chunk for parameter in parameters for chunk in parameter.chunks()]
-    total = sum(chunk.nbytes for chunk in remaining)
+    remaining = [chunk for parameter in parameters if parameter.runs for chunk in parameter.chunks()]
+    total = sum(chunk.written_bytes for chunk in remaining)
     remaining = [chunk for chunk in remaining if chunk_name(chunk) not in out.checksums]
-    todo = sum(chunk.nbytes for chunk in remaining)
+    todo = sum(chunk.written_bytes for chunk in remaining)
     # By the last shard that each needs, so that a shard can be released before the next but one is fetched.
     rank = {file: position for position, file in enumerate(model.headers)}
     remaining.sort(key=lambda chunk: max(rank[file] for file in chunk.sources()))
@@ -90,7 +95,7 @@ def convert(
         out.add_parameters(parameters)
         with _Progress(total, total - todo) as progress:
             _write_chunks(_part(remaining), out, origin, staging, threads, progress)
-        out.finish(parameters, model.small_files, _facts(model, requested, ignored, parameters))
+        out.finish(parameters, model.small_files, _facts(model, requested, quantize, ignored, parameters))
 
 
 class _Progress:
@@ -118,7 +123,7 @@ class _Progress:
 def _part(chunks: list[Chunk]) -> list[Chunk]:
     """Choose the chunks of this process: consecutive ones, which come from few shards, of about the same bytes."""
     index, count = distributed.process_index(), distributed.process_count()
-    ends = list(itertools.accumulate(chunk.nbytes for chunk in chunks))
+    ends = list(itertools.accumulate(chunk.written_bytes for chunk in chunks))
     first, last = (bisect.bisect_right(ends, ends[-1] * i // count) if ends else 0 for i in (index, index + 1))
     return chunks[first:last]
 
@@ -129,7 +134,7 @@ def _write_chunks(
     """Write chunks group by group, journaling each while the next is being written."""
     buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
     for _ in range(threads if chunks else 0):
-        buffers.put(np.empty(max(chunk.nbytes for chunk in chunks), np.uint8))
+        buffers.put(np.empty(max(chunk.buffer_bytes for chunk in chunks), np.uint8))
     uses = collections.Counter(file for chunk in chunks for file in chunk.sources())
 
     with TensorReader() as reader, ThreadPoolExecutor(threads) as pool:
@@ -137,13 +142,13 @@ def _write_chunks(
         def write(chunk: Chunk):
             buffer = buffers.get()
             try:
-                return target.write(chunk, chunk.fill(reader, buffer))
+                return [target.write(part, contents) for part, contents in chunk.fill(reader, buffer)]
             finally:
                 buffers.put(buffer)
 
         def commit(group: list[Chunk], written: list[Future]) -> None:
-            target.commit([future.result() for future in written])
-            progress.add(sum(chunk.nbytes for chunk in group))
+            target.commit([file for future in written for file in future.result()])
+            progress.add(sum(chunk.written_bytes for chunk in group))
             for file in (file for chunk in group for file in chunk.sources()):
                 uses[file] -= 1
                 if uses[file] == 0:
@@ -171,7 +176,7 @@ def _groups(chunks: list[Chunk]) -> Iterator[list[Chunk]]:
     group, size = [], 0
     for chunk in chunks:
         group.append(chunk)
-        size += chunk.nbytes
+        size += chunk.written_bytes
         if size >= GROUP_BYTES or len(group) == _GROUP_FILES:
             yield group
             group, size = [], 0
@@ -216,7 +221,9 @@ def _say_what_is_odd(model: ForeignModel, ignored: list[str]) -> None:
         say(f"{model.source.name}: {says}, the checkpoint has tensors of {found}; going by the tensors")
 
 
-def _facts(model: ForeignModel, requested: np.dtype | None, ignored: list[str], parameters: list) -> dict:
+def _facts(
+    model: ForeignModel, requested: np.dtype | None, quantize: str | None, ignored: list[str], parameters: list
+) -> dict:
     """Make the part of the manifest that says where the parameters come from, enough to export them as they were."""
     (embed,) = (parameter for parameter in parameters if parameter.path == "embed.weight")
     return {
@@ -224,6 +231,7 @@ def _facts(model: ForeignModel, requested: np.dtype | None, ignored: list[str], 
         "revision": model.source.revision,
         "dtype": embed.dtype.name,
         "requested_dtype": requested and requested.name,
+        "quantize": quantize,
         "num_nextn_predict_layers": model.config.num_nextn_predict_layers,
         "shards": {file: header.metadata for file, header in model.headers.items()},
         "tensors": {

@@ -83,6 +83,8 @@ def export(source: str, target: str, *, host_memory_gb: float = 4.0, overwrite: 
     """
     directory, out = storage_path(source), storage_path(target)
     manifest, config = read_manifest(directory), read_config(directory)
+    if config.quantize:
+        raise UserError(f"{source}: its weights are rounded to {config.quantize}; export a checkpoint that is not")
     _check_target(out, overwrite)
     tensors = _source_tensors(manifest) or _own_tensors(config, manifest["parameters"])
     placements = {placement.tensor.name: placement for placement in place(config, tensors, source)[0]}

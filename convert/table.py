@@ -199,7 +199,7 @@ def parameter_dtypes(
 ) -> dict[str, np.dtype]:
     """Choose the dtype in which each parameter is stored.
 
-    Router tensors stay float32. All others take the requested dtype or, without one, keep their own; where the tensors
+    Router tensors stay float32, and quantised ones are int8. All others take the requested dtype or, without one, keep their own; where the tensors
     of one fused parameter differ, it is float32, which holds them all.
     """
     found: dict[str, set[np.dtype]] = {}
@@ -208,13 +208,18 @@ def parameter_dtypes(
     float32 = np.dtype(np.float32)
 
     def choose(spec: jax.ShapeDtypeStruct, dtypes: set[np.dtype]) -> np.dtype:
-        if spec.dtype == float32:  # the specs ask for bfloat16 wherever they may
-            return float32
+        if spec.dtype in (float32, np.int8):  # the specs ask for bfloat16 wherever they may
+            return spec.dtype
         if requested is not None:
             return requested
         return next(iter(dtypes)) if len(dtypes) == 1 else float32
 
-    return {path: choose(spec, found[path]) for path, spec in parameter_specs(config).items()}
+    return {path: choose(spec, found.get(path, set())) for path, spec in parameter_specs(config).items()}
+
+
+def scale_path(weight: str) -> str:
+    """Name the scales of a quantised parameter."""
+    return f"{weight.removesuffix('weight')}scale"
 
 
 def is_lossless(source: np.dtype, stored: np.dtype) -> bool:

@@ -88,10 +88,11 @@ def read_manifest(directory: str | os.PathLike) -> dict:
 
 
 def read_config(directory: str | os.PathLike) -> ModelConfig:
-    """Read the ModelConfig of a checkpoint, with as many multi-token-prediction layers as it has weights for."""
+    """Read the ModelConfig of a checkpoint; the manifest tells what depends on the weights that it has."""
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(storage_path(directory) / "config.json")
-    return dataclasses.replace(config, num_nextn_predict_layers=manifest["num_nextn_predict_layers"])
+    facts = {"num_nextn_predict_layers": manifest["num_nextn_predict_layers"], "quantize": manifest.get("quantize")}
+    return dataclasses.replace(config, **facts)
 
 
 def restore(
@@ -100,7 +101,7 @@ def restore(
     """Load a checkpoint into the shards of a layout, whatever layout it was written from; each device reads its own.
 
     Args:
-      dtype: of the weights; default: the checkpoint's own. Router tensors stay float32.
+      dtype: of the weights; default: the checkpoint's own. Router tensors stay float32, quantised weights quantised.
       progress: show a bar with GB/s and time left.
 
     Raises:
@@ -163,6 +164,7 @@ def save(directory: str | os.PathLike, model: Ernie, small_files: dict[str, byte
         "version": VERSION,
         "source": source,
         "dtype": str(flat["embed", "weight"].dtype),
+        "quantize": model.config.quantize,
         "num_nextn_predict_layers": model.config.num_nextn_predict_layers,
         "parameters": {
             ".".join(path): {"shape": list(x.shape), "dtype": str(x.dtype), "bytes": _nbytes(x)}

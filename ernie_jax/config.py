@@ -17,6 +17,7 @@ from etils import epath
 from ernie_jax.errors import UserError
 
 MODEL_TYPES = ("ernie4_5", "ernie4_5_moe")
+QUANTIZED_FORMS = ("int8",)
 # Paddle's config files name no model_type.
 _ARCHITECTURES = {"Ernie4_5_ForCausalLM": "ernie4_5", "Ernie4_5_MoeForCausalLM": "ernie4_5_moe"}
 
@@ -52,6 +53,10 @@ _REQUIRED_MOE = ("moe_num_experts", "moe_k", "moe_intermediate_size")
 class ModelConfig:
     """Describe one ERNIE 4.5 text model; field names are Hugging Face's.
 
+    Attributes:
+      quantize: "int8" where the weights of attention, MLPs and experts are stored so; None: all are floating-point. A
+        checkpoint's manifest says it, not its config.json.
+
     Raises:
       UserError: if a combination of fields describes no valid model; the sentence names the field.
     """
@@ -81,10 +86,13 @@ class ModelConfig:
     moe_layer_interval: int = 1
     moe_norm_min: float = 1e-12
     num_nextn_predict_layers: int = 0
+    quantize: str | None = None
 
     def __post_init__(self):
         if self.moe_layer_end_index == -1:
             object.__setattr__(self, "moe_layer_end_index", self.num_hidden_layers - 1)
+        if self.quantize not in (None, *QUANTIZED_FORMS):
+            raise UserError(f"--quantize={self.quantize}: unknown; choose {' or '.join(QUANTIZED_FORMS)}")
         for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise UserError(f"config field {name} is {getattr(self, name)}: it must be at least 1")
@@ -166,7 +174,7 @@ class ModelConfig:
         for name, only in (("hidden_act", "silu"), ("moe_gate_act", "softmax")):
             if (found := fields.pop(name, None) or only) != only:
                 raise UserError(f"{source}: {name} is {found!r}; only {only!r} is supported")
-        known = {f.name: f.type for f in dataclasses.fields(cls)}
+        known = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "quantize"}
         unknown = []
         for name, value in fields.items():
             if name in known:

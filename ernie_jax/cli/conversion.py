@@ -16,6 +16,9 @@ def _define_convert(values: flags.FlagValues) -> None:
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
     flags.DEFINE_string("target", None, "directory of the new checkpoint (local or gs://)", flag_values=values)
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: as stored", flag_values=values)
+    flags.DEFINE_string(
+        "quantize", None, "int8: round the weights of attention, MLPs and experts so", flag_values=values
+    )
     flags.DEFINE_float("host_memory_gb", 4.0, "memory that each process may use", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "replace a checkpoint at --target", flag_values=values)
     flags.DEFINE_bool("keep_download", False, "keep downloaded shards once they are written", flag_values=values)
@@ -32,6 +35,7 @@ def _convert(values: flags.FlagValues) -> None:
         values.target,
         revision=values.revision,
         dtype=values.dtype,
+        quantize=values.quantize,
         host_memory_gb=values.host_memory_gb,
         overwrite=values.overwrite,
         keep_download=values.keep_download,
@@ -80,6 +84,7 @@ CONVERT = Command(
     (
         "main.py convert --source=baidu/ERNIE-4.5-21B-A3B-PT --target=checkpoints/21b",
         "main.py convert --source=downloads/ERNIE-4.5-21B-A3B-PT --target=gs://bucket/21b",
+        "main.py convert --source=baidu/ERNIE-4.5-21B-A3B-PT --target=checkpoints/21b-int8 --quantize=int8",
         "main.py convert --source=... --target=... --coordinator=host0:8476 --num_processes=4 --process_id=2",
     ),
     _define_convert,
@@ -94,7 +99,8 @@ EXPORT = Command(
 )
 VERIFY = Command(
     "verify",
-    "Compare every tensor of a checkpoint with its source. Exits with 1 and names what differs.",
+    "Compare every tensor of a checkpoint with its source. Exits with 1 and names what differs. Of quantised weights "
+    "it tells the relative error, which must be small.",
     ("main.py verify --source=downloads/ERNIE-4.5-21B-A3B-PT --target=checkpoints/21b",),
     _define_verify,
     _verify,

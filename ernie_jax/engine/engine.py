@@ -175,6 +175,8 @@ class Engine:
             words.append("halves of layers: cuda for few tokens")
         if step.exchanges:
             words.append(f"exchange: {step.backends.exchange}")
+        if self.config.quantize:
+            words.append(f"{self.config.quantize} weights: XLA's backends")
         return " · ".join(words)
 
     def stats(self) -> Stats:

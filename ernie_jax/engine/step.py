@@ -22,6 +22,7 @@ from ernie_jax.model import Backends, Ernie, GroupRows
 from ernie_jax.ops import (
     PagedAttention,
     check_attention_backend,
+    check_takes_quantized,
     default_attention_backend,
     default_exchange_backend,
     packed_attention,
@@ -79,9 +80,13 @@ class DeviceStep:
         Backends are names of ops' tables; None chooses by platform, that of the experts also by the number of tokens.
 
         Raises:
-          UserError: if the attention backend does not take the model's heads.
+          UserError: if the attention backend does not take the model's heads, or another its quantised weights.
         """
         config, platform = model.config, layout.platform
+        if config.quantize:
+            for op, backend in ("expert", expert_backend), ("linear", linear_backend), ("halves", halves_backend):
+                check_takes_quantized(op, backend)
+            halves_backend = "none"
         kv_heads = config.num_key_value_heads // layout.size("kv_head")
         heads = config.head_dim, model.embed.weight.dtype, kv_heads
         self.attention_backend = attention_backend or default_attention_backend(platform, *heads)

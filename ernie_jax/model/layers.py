@@ -17,6 +17,7 @@ from flax import nnx
 from ernie_jax.config import ModelConfig
 from ernie_jax.ops import (
     PagedAttention,
+    Quantized,
     attention_half,
     attention_half_problem,
     default_expert_backend,
@@ -39,7 +40,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype, init: str = "normal") -> nnx.Param:
-    """Declare a parameter: its shape, logical axes, dtype, and how to draw it (normal, ones or zeros)."""
+    """Declare a parameter: its shape, logical axes, dtype, and how to draw it (normal, ones, ...)."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init)
 
 
@@ -104,19 +105,34 @@ ALL_ROWS = GroupRows()
 
 
 class Linear(nnx.Module):
-    """An affine map between named axes; the weight is [*out, *in]."""
+    """An affine map between named axes; the weight is [*out, *in].
 
-    def __init__(self, out: dict[str, int], into: dict[str, int], dtype, bias: bool = False):
-        self.weight = parameter((*out.values(), *into.values()), (*out, *into), dtype)
+    A quantised one has beside its `weight`, then int8, a `scale` [*out].
+    """
+
+    def __init__(
+        self, out: dict[str, int], into: dict[str, int], dtype, bias: bool = False, quantize: str | None = None
+    ):
+        shape, axes = (*out.values(), *into.values()), (*out, *into)
+        if quantize:
+            self.weight = parameter(shape, axes, jnp.int8, "integers")
+            self.scale = parameter(tuple(out.values()), tuple(out), jnp.float32, "scales")
+        else:
+            self.weight = parameter(shape, axes, dtype)
         self.inputs = len(into)
         if bias:
             self.bias = parameter(tuple(out.values()), tuple(out), dtype, "zeros")
+
+    @property
+    def kernel(self) -> jax.Array | Quantized:
+        """The weight as ops take it."""
+        return Quantized(self.weight[...], self.scale[...]) if hasattr(self, "scale") else self.weight[...]
 
     def __call__(
         self, subscripts: str, x: jax.Array, backends: Backends = DEFAULT_BACKENDS, summed_over: jax.Array | int = 0
     ) -> jax.Array:
         """Apply to x; of shards whose results are to be summed, that with index `summed_over` 0 adds the bias."""
-        weight, bias = self.weight[...], None
+        weight, bias = self.kernel, None
         if hasattr(self, "bias"):
             bias = jnp.where(summed_over == 0, self.bias[...], 0)
         backend = backends.linear
@@ -168,8 +184,8 @@ class Attention(nnx.Module):
         group = config.queries_per_kv_head
         heads = {"kv_head": config.num_key_value_heads, "group_head": group + 2, "head_dim": config.head_dim}
         model = {"embed": config.hidden_size}
-        self.qkv = Linear(heads, model, dtype, config.use_bias)
-        self.out = Linear(model, heads | {"group_head": group}, dtype, config.use_bias)
+        self.qkv = Linear(heads, model, dtype, config.use_bias, config.quantize)
+        self.out = Linear(model, heads | {"group_head": group}, dtype, config.use_bias, config.quantize)
 
     def __call__(  # x [..., D]
         self,
@@ -206,8 +222,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, width: int, dtype):
         model, inner = {"embed": config.hidden_size}, {"mlp": width}
-        self.gate_up = Linear({"gate_up": 2, **inner}, model, dtype, config.use_bias)
-        self.down = Linear(model, inner, dtype, config.use_bias)
+        self.gate_up = Linear({"gate_up": 2, **inner}, model, dtype, config.use_bias, config.quantize)
+        self.down = Linear(model, inner, dtype, config.use_bias, config.quantize)
         self.biased = config.use_bias
 
     def __call__(  # [..., D]
@@ -254,8 +270,8 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, dtype):
         experts, model = {"expert": config.moe_num_experts}, {"embed": config.hidden_size}
         inner = {"expert_mlp": config.moe_intermediate_size}
-        self.gate_up = Linear({**experts, "gate_up": 2, **inner}, model, dtype)
-        self.down = Linear({**experts, **model}, inner, dtype)
+        self.gate_up = Linear({**experts, "gate_up": 2, **inner}, model, dtype, quantize=config.quantize)
+        self.down = Linear({**experts, **model}, inner, dtype, quantize=config.quantize)
         self.count = config.moe_num_experts
 
     def __call__(
@@ -274,7 +290,7 @@ class Experts(nnx.Module):
           shared: whose output is added.
           live: how many of the tokens are no padding.
         """
-        gate_up, down = self.gate_up.weight[...], self.down.weight[...]
+        gate_up, down = self.gate_up.kernel, self.down.kernel
         local, k = gate_up.shape[0], experts.shape[-1]
         first = shard.index("expert") * local
 
@@ -305,7 +321,7 @@ class Experts(nnx.Module):
             )
             return add_shared(y)
         if shared is not None and not shared.biased:
-            along = shared.gate_up.weight[...], shared.down.weight[...]
+            along = shared.gate_up.kernel, shared.down.kernel
             if takes_shared(choose(len(x)), len(x), down.shape[-1], along[1].shape[-1]):
                 return compute(x, experts, weights, along, live)
         return add_shared(compute(x, experts, weights, live=live))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from typing import NamedTuple
 
@@ -212,5 +213,7 @@ def _drawer(kind: str, shape, dtype, sharding):
         "normal": lambda key, scale: (jax.random.normal(key, shape, dtype) * scale).astype(dtype),
         "ones": lambda key, scale: jnp.ones(shape, dtype),
         "zeros": lambda key, scale: jnp.zeros(shape, dtype),
+        "integers": lambda key, scale: jax.random.randint(key, shape, -127, 128, dtype),
+        "scales": lambda key, scale: jnp.full(shape, scale / math.sqrt((255**2 - 1) / 12), dtype),
     }
     return jax.jit(draws[kind], out_shardings=sharding)

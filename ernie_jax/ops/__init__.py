@@ -30,6 +30,7 @@ from ernie_jax.ops.halves import (
 )
 from ernie_jax.ops.norm import rms_norm
 from ernie_jax.ops.precision import LINEAR_BACKENDS, default_linear_backend, einsum, linear, swiglu
+from ernie_jax.ops.quantized import Quantized, check_takes_quantized, dequantize, quantize
 from ernie_jax.ops.router import ROUTER_BACKENDS, default_router_backend, norm_route, route
 
 __all__ = [
@@ -43,15 +44,18 @@ __all__ = [
     "LINEAR_BACKENDS",
     "ROUTER_BACKENDS",
     "PagedAttention",
+    "Quantized",
     "RaggedBatch",
     "attention_half",
     "attention_half_problem",
     "check_attention_backend",
+    "check_takes_quantized",
     "default_attention_backend",
     "default_exchange_backend",
     "default_expert_backend",
     "default_linear_backend",
     "default_router_backend",
+    "dequantize",
     "einsum",
     "embed",
     "exchange_mlp",
@@ -63,6 +67,7 @@ __all__ = [
     "packed_attention",
     "paged_attention",
     "pads_queries",
+    "quantize",
     "rms_norm",
     "route",
     "swiglu",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from ernie_jax.ops.blocks import by_blocks
 from ernie_jax.ops.gmm import by_gmm
 from ernie_jax.ops.mosaic import MOST_ALONG, by_mosaic, mosaic_problem
 from ernie_jax.ops.precision import einsum, swiglu
+from ernie_jax.ops.quantized import Quantized, check_takes_quantized
 from ernie_jax.ops.stream import FEW, by_stream, experts_problem
 
 
@@ -16,8 +19,8 @@ def grouped_mlp(
     x: jax.Array,  # [T, D]
     chosen: jax.Array,  # [T, k] int32
     weights: jax.Array,  # [T, k]
-    gate_up: jax.Array,  # [E, 2, F, D]
-    down: jax.Array,  # [E, D, F]
+    gate_up: jax.Array | Quantized,  # [E, 2, F, D]
+    down: jax.Array | Quantized,  # [E, D, F]
     backend: str,
     first_expert: jax.Array | int = 0,
     shared: tuple[jax.Array, jax.Array] | None = None,
@@ -39,7 +42,12 @@ def grouped_mlp(
 
     Returns:
       [T, D].
+
+    Raises:
+      UserError: if the backend does not take these shapes or dtypes.
     """
+    if isinstance(gate_up, Quantized):
+        check_takes_quantized("expert", backend)
     more = () if shared is None else (shared,)
     if backend == "mosaic":
         return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, shared, live)
@@ -90,7 +98,7 @@ def default_expert_backend(
         return "gather"
     if tokens <= 256 or (experts is not None and 2 * k >= experts):
         return "dense"
-    return "gmm" if platform == "tpu" else "blocks"
+    return "gmm" if platform == "tpu" and dtype != jnp.int8 else "blocks"
 
 
 def _dense(x, chosen, weights, gate_up, down, first_expert):
@@ -118,7 +126,8 @@ def _gather(x, chosen, weights, gate_up, down, first_expert):
         total = 0.0
         for slot in range(chosen.shape[1]):
             # An id beyond the experts (padding) is clamped.
-            up, back = (jax.lax.dynamic_index_in_dim(w, chosen[t, slot], keepdims=False) for w in (gate_up, down))
+            pick = functools.partial(jax.lax.dynamic_index_in_dim, index=chosen[t, slot], keepdims=False)
+            up, back = jax.tree.map(pick, (gate_up, down))
             hidden = swiglu(einsum("d,xfd->xf", x[t], up), axis=0)
             total += einsum("f,df->d", hidden, back, jnp.float32) * weights[t, slot]
         out.append(total)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ernie_jax.ops import stream
+from ernie_jax.ops.quantized import Quantized, check_takes_quantized
 from ernie_jax.ops.stream import linear_problem
 
 _MANY = 1024  # tokens whose products fill a GPU with tiles, so that no library splits the contracted axis
@@ -18,14 +19,21 @@ def precision_of(*operands: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if all(x.dtype == jnp.float32 for x in operands) else None
 
 
-def einsum(subscripts: str, x: jax.Array, y: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def einsum(subscripts: str, x: jax.Array, y: jax.Array | Quantized, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """Contract two arrays, accumulating in float32 and rounding once to `out_dtype` (default: that of `x`)."""
+    if isinstance(y, Quantized):
+        inputs, output = subscripts.split("->")
+        channels = inputs.split(",")[1][: y.scales.ndim]
+        scales = y.scales.transpose(sorted(range(y.scales.ndim), key=lambda axis: output.index(channels[axis])))
+        scales = jnp.expand_dims(scales, [axis for axis, label in enumerate(output) if label not in channels])
+        out = einsum(subscripts, x, y.values.astype(x.dtype), jnp.float32) * scales
+        return out.astype(out_dtype or x.dtype)
     out = jnp.einsum(subscripts, x, y, precision=precision_of(x, y), preferred_element_type=jnp.float32)
     return out.astype(out_dtype or x.dtype)
 
 
 def linear(
-    subscripts: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, backend: str = "xla"
+    subscripts: str, x: jax.Array, weight: jax.Array | Quantized, bias: jax.Array | None = None, backend: str = "xla"
 ) -> jax.Array:
     """Contract the last axes of x with those of the weight [*out, *in] and add a bias; round to the dtype of `x`.
 
@@ -35,6 +43,8 @@ def linear(
     Raises:
       UserError: if the backend does not take these shapes or dtypes.
     """
+    if isinstance(weight, Quantized):
+        check_takes_quantized("linear", backend)
     return LINEAR_BACKENDS[backend](subscripts, x, weight, bias)
 
 
@@ -45,6 +55,8 @@ def default_linear_backend(platform: str, tokens: int, inner: int, outer: int, d
 
 def _xla(subscripts, x, weight, bias):
     def product(x, w):
+        if isinstance(w, Quantized):
+            return einsum("td,od->to", x, w, jnp.float32)
         # Of many tokens the product itself rounds its sums: where it is float32, cuBLAS writes that, and another kernel
         # reads and rounds it. Of few it may be a sum of parts, each of which would be rounded then.
         dtype = x.dtype if bias is None and len(x) >= _MANY else jnp.float32
@@ -64,7 +76,8 @@ def _product(subscripts, x, weight, product):
     inputs, outputs = subscripts.split("->")
     contracted = len(set(inputs.split(",")[1]) - set(outputs))
     inner = math.prod(weight.shape[-contracted:])
-    out = product(x.reshape(-1, inner), weight.reshape(-1, inner))
+    matrix = weight.as_matrix(inner) if isinstance(weight, Quantized) else weight.reshape(-1, inner)
+    out = product(x.reshape(-1, inner), matrix)
     return out.reshape(*x.shape[:-contracted], *weight.shape[:-contracted])
 
 
