@@ -164,22 +164,16 @@ def plan_parameters(
         ordered = sorted(runs[path], key=lambda run: run.start)
         ends = itertools.accumulate((run.count for run in ordered), initial=0)
         assert [run.start for run in ordered] + [math.prod(shape)] == list(ends), f"{path} is not covered once"
-        quantized = dtypes[path] == np.int8
-        itemsize = (_EXACT if quantized else dtypes[path]).itemsize
-        chunk, scales = _chunk_shape(shape, itemsize, single_experts=".experts." in path), None
+        itemsize, outputs, scales = dtypes[path].itemsize, len(shape), None
+        if quantized := dtypes[path] == np.int8:
+            scale = scale_path(path)
+            itemsize, outputs = _EXACT.itemsize, len(shapes[scale])
+        chunk = _chunk_shape(shape, itemsize, outputs, single_experts=".experts." in path)
         if quantized:
-            scales = _scales(path, shapes, chunk)
+            scales = Parameter(scale, shapes[scale], _EXACT, chunk[:outputs], ())
             parameters.append(scales)
         parameters.append(Parameter(path, shape, dtypes[path], chunk, tuple(ordered), scales))
     return parameters
-
-
-def _scales(path: str, shapes: Mapping[str, tuple[int, ...]], chunk: tuple[int, ...]) -> Parameter:
-    """Lay out the scales of a parameter with these chunks."""
-    scale = scale_path(path)
-    outputs = len(shapes[scale])
-    assert chunk[outputs:] == shapes[path][outputs:], f"{path} is cut within an output channel"
-    return Parameter(scale, shapes[scale], _EXACT, chunk[:outputs], ())
 
 
 def _block_runs(shape: tuple[int, ...], block: tuple) -> list[tuple[int, int]]:
@@ -197,14 +191,15 @@ def _block_runs(shape: tuple[int, ...], block: tuple) -> list[tuple[int, int]]:
     return [(start, count) for start in starts]
 
 
-def _chunk_shape(shape: tuple[int, ...], itemsize: int, single_experts: bool) -> tuple[int, ...]:
+def _chunk_shape(shape: tuple[int, ...], itemsize: int, axes: int, single_experts: bool) -> tuple[int, ...]:
     """Cut leading axes until a chunk has at most CHUNK_BYTES, each into a power of two so that cuts meet shards.
 
     Args:
+      axes: how many leading axes may be cut.
       single_experts: whether each index of the first axis is cut off alone, however small.
     """
     chunk = list(shape)
-    for axis, length in enumerate(shape):
+    for axis, length in enumerate(shape[:axes]):
         stride = math.prod(shape[axis + 1 :]) * itemsize
         parts = length if single_experts and axis == 0 else 1
         while parts < length and -(-length // parts) * stride > CHUNK_BYTES:

@@ -111,6 +111,7 @@ class _Bench:
             "devices": self._llm.layout.mesh.size,
             "sharding": self._llm.layout.describe(),
             "dtype": np.dtype(self._llm.engine.dtype).name,
+            "quantize": self._llm.config.quantize,
             "ops": self._llm.engine.describe_ops(),
             "prefill_chunk": self._llm.engine.options.prefill_chunk,
             "cache_tokens": self._llm.engine.cache_tokens,
@@ -119,6 +120,7 @@ class _Bench:
             "rows": [],
         }
         drawn = " with random weights" if values.random_weights else ""
+        drawn += f" · {self._llm.config.quantize} weights" if self._llm.config.quantize else ""
         found = self.found
         self.say(
             f"{values.model}{drawn} · {found['dtype']} · {found['devices']} x {found['device']} · JAX {found['jax']} · "

@@ -58,6 +58,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
     flags.DEFINE_bool("random_weights", False, "draw weights instead of loading them", flag_values=values)
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
+    flags.DEFINE_string("quantize", None, "int8: draw --random_weights in this form", flag_values=values)
     flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
     flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (GPU 8192, else 512)", flag_values=values)
     flags.DEFINE_list(
@@ -132,12 +133,18 @@ def load(values: flags.FlagValues, **options):
                 f"--model={values.model} is a preset without weights: add --random_weights, or name a checkpoint"
             )
         config = ModelConfig.from_file(presets()[values.model])
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)  # not used in generation: save the memory
+        # Multi-token prediction is not used in generation: save the memory.
+        config = dataclasses.replace(config, num_nextn_predict_layers=0, quantize=values.quantize)
         if "tokenizer" in values:
             options["tokenizer"] = values.tokenizer
         llm = LLM.random(config, values.dtype or "bfloat16", values.seed or 0, **options)
     elif values.random_weights:
         raise UserError(f"--random_weights goes with a preset ({', '.join(presets())}), not --model={values.model}")
+    elif values.quantize:
+        raise UserError(
+            f"--quantize goes with --random_weights, and --model={values.model} has weights: make a checkpoint of that "
+            "form with `main.py convert --quantize`"
+        )
     else:
         directory = checkpoint_directory(values.model, values.revision)
         llm = LLM.load(directory, values.dtype, progress=distributed.is_primary(), **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -38,6 +39,7 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("prefill_chunk", None, "prompt tokens of a step (the engine's)", flag_values=values)
     flags.DEFINE_string("dtype", None, "of weights and cache; default: the model's", flag_values=values)
+    flags.DEFINE_string("quantize", None, "int8: as if converted so; default: the model's form", flag_values=values)
     flags.DEFINE_bool("compare", False, "table all shardings", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
 
@@ -53,6 +55,7 @@ def _plan(values: flags.FlagValues) -> None:
 
     topology = parse_topology(values.topology)
     config, stored, _ = models.read_model(values.model, values.revision)
+    config = dataclasses.replace(config, quantize=values.quantize or config.quantize)
     request = Request(
         config,
         topology,
@@ -92,6 +95,7 @@ PLAN = Command(
         "main.py plan --model=ernie-4.5-21b-a3b --topology=v5e-8 --context=32768 --batch=16",
         "main.py plan --model=checkpoints/21b --topology=v6e:2x4 --sharding=expert+tensor --json",
         "main.py plan --model=ernie-4.5-21b-a3b --topology=h100:2 --compare",
+        "main.py plan --model=ernie-4.5-21b-a3b --topology=v6e-1 --quantize=int8",
     ),
     _define,
     _plan,

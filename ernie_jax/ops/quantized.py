@@ -10,7 +10,9 @@ import numpy as np
 from ernie_jax.errors import UserError
 
 _MOST = 127  # symmetric: -128 is not used
-_CLIPPED = np.linspace(0.6, 1.0, 12, dtype=np.float32)[::-1]  # parts of a channel's maximum that are tried as the range
+# Parts of a channel's maximum that are tried as the range. Of n weights, a part 1 - n / (12 * 127^2) is about the best
+# where one is much larger than the rest: 0.987 of 2,560.
+_RANGES = np.linspace(1.0, 0.945, 12, dtype=np.float32)
 _BLOCK_BYTES = 1 << 18  # of float32 weights: what stays in a core's cache through all trials
 _BACKENDS = {"linear": ("xla",), "expert": ("dense", "gather", "blocks"), "halves": ("none",)}
 
@@ -47,7 +49,7 @@ class Quantized:
 def quantize(weight: np.ndarray, outputs: int = 1) -> Quantized:
     """Round a host array [*out, *in] to int8, with those scales of a dozen that leave the least squared error.
 
-    Clipping a channel's few largest weights makes the steps of all others smaller.
+    Clipping a channel's largest weights makes the steps of all others smaller.
 
     Args:
       outputs: how many leading axes are outputs.
@@ -92,7 +94,7 @@ def _quantize_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("holds values that are not finite")
     best = np.full(len(rows), np.inf, np.float32)
     values, scales = np.zeros(rows.shape, np.int8), np.ones(len(rows), np.float32)
-    for part in _CLIPPED:
+    for part in _RANGES:
         scale = largest * (part / _MOST)
         scale[scale == 0] = 1  # a channel of zeros
         exact = rows / scale[:, None]

@@ -17,8 +17,9 @@ def describe(model: str, plan: Plan, advice: list[str]) -> str:
       advice: what would fit, if the plan does not.
     """
     request, topology = plan.request, plan.request.topology
+    quantized = f" and {request.config.quantize} weights" if request.config.quantize else ""
     lines = [
-        f"{model}, {request.dtype.name}, on {_place(topology)}",
+        f"{model}, {request.dtype.name}{quantized}, on {_place(topology)}",
         f"sharding {plan.layout.describe()}: batch {request.batch}, context {request.context:,}, prefill chunks of "
         f"{request.chunk:,}",
         "",
@@ -70,6 +71,7 @@ def to_object(model: str, plan: Plan, advice: list[str]) -> dict:
         "mesh": dict(plan.layout.mesh.shape),
         "model": model,
         "dtype": request.dtype.name,
+        "quantize": request.config.quantize,
         "topology": {
             "name": topology.name,
             "cloud_name": cloud_name(topology),

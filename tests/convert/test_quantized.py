@@ -1,0 +1,174 @@
+"""convert --quantize: right numbers in every layout and chunking; resuming; verify; what is refused."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+import convert
+from convert import chunks, converter
+from ernie_jax import checkpoint
+from ernie_jax.cli.models import embedded_model
+from ernie_jax.errors import UserError
+from ernie_jax.llm import LLM
+from ernie_jax.ops import quantize
+from tests.convert.foreign import BF16, DENSE, MOE, Model, as_paddle, write
+from tests.convert.test_targets import chunk_times, interrupt, journaled
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+
+
+def read(directory) -> dict[str, np.ndarray]:
+    """Read every array of a checkpoint."""
+    opened = {
+        folder.name: ts.open({"driver": "zarr", "kvstore": f"file://{folder}/"}, read=True).result()
+        for folder in (directory / "params/state").iterdir()
+        if (folder / ".zarray").exists()
+    }
+    return {name: array.read().result() for name, array in opened.items()}
+
+
+def expected(model: Model) -> dict[str, np.ndarray]:
+    """Return what must be stored of a model, with each weight rounded whole."""
+    found = {}
+    for name, value in model.parameters.items():
+        outputs = {"qkv": 3, "out": 1, "gate_up": value.ndim - 1, "down": value.ndim - 1}.get(name.split(".")[-2])
+        if outputs and name.endswith("weight"):
+            weight = quantize(value, outputs)
+            found |= {name: weight.values, name.removesuffix("weight") + "scale": weight.scales}
+        else:
+            found[name] = value
+    return found
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(found[name].view(np.uint8), np.ascontiguousarray(value).view(np.uint8), name)
+
+
+@pytest.fixture
+def model(rng):
+    return Model(MOE, rng, mtp=1)
+
+
+@pytest.fixture
+def source(model, tmp_path):
+    return model.save(tmp_path / "hf", 3)
+
+
+@pytest.fixture
+def ours(tmp_path):
+    return tmp_path / "ours"
+
+
+@pytest.mark.parametrize("fields", [MOE, MOE | {"use_bias": True}, DENSE], ids=["moe", "biases", "dense"])
+@pytest.mark.parametrize("chunk_bytes", [None, 64, 3000])
+def test_parameters(fields, chunk_bytes, rng, tmp_path, ours, monkeypatch):
+    if chunk_bytes:
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
+    model = Model(fields, rng)
+    source = model.save(tmp_path / "hf", 2)
+    convert.convert(str(source), str(ours), quantize="int8")
+    assert_equal(read(ours), expected(model))
+    assert convert.verify(str(source), str(ours)) == []
+    assert checkpoint.read_config(ours).quantize == json.loads((ours / "manifest.json").read_text())["quantize"] == "int8"
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_paddle_layouts(grouped, model, tmp_path, ours, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
+    write(tmp_path / "paddle", MOE, as_paddle(model, grouped), shards=2)
+    convert.convert(str(tmp_path / "paddle"), str(ours), quantize="int8")
+    assert_equal(read(ours), expected(model))
+    assert convert.verify(str(tmp_path / "paddle"), str(ours)) == []
+
+
+def test_other_parameters_take_the_dtype_asked_for(rng, tmp_path, ours):
+    model = Model(MOE, rng, dtype=np.float32)
+    source = model.save(tmp_path / "hf")
+    convert.convert(str(source), str(ours), dtype="bfloat16", quantize="int8")
+    wanted = expected(model)
+    kept = {name for name in wanted if ".router." in name or name.endswith(".scale") or wanted[name].dtype == np.int8}
+    assert_equal(read(ours), {name: x if name in kept else x.astype(BF16) for name, x in wanted.items()})
+    assert convert.verify(str(source), str(ours)) == []
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_resume(after, model, source, ours, monkeypatch, capsys):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(converter, "GROUP_BYTES", 4000)
+    with monkeypatch.context() as broken:
+        interrupt(broken, after, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert(str(source), str(ours), quantize="int8")
+    done, before = journaled(ours), chunk_times(ours)
+    for options in ({}, {"quantize": "int8", "dtype": "float32"}):
+        with pytest.raises(UserError, match="other files or options"):
+            convert.convert(str(source), str(ours), **options)
+    convert.convert(str(source), str(ours), quantize="int8")
+    assert "resuming at" in capsys.readouterr().err
+    times = chunk_times(ours)
+    assert done and all(times[name] == before[name] for name in done)
+    assert_equal(read(ours), expected(model))
+
+
+def test_verify_tells_the_error_of_each_group(source, ours, capsys):
+    convert.convert(str(source), str(ours), quantize="int8")
+    assert convert.verify(str(source), str(ours)) == []
+    told = [line for line in capsys.readouterr().err.splitlines() if "relative error" in line]
+    assert len({line.split(":")[0] for line in told}) == len(told) >= 8
+    errors = [float(line.split()[-1].removesuffix("%")) for line in told]
+    assert 0.2 < min(errors) <= max(errors) < 1.5
+
+
+@pytest.mark.parametrize("what", ["weight", "scale"])
+def test_verify_finds_wrong_numbers(what, source, ours):
+    convert.convert(str(source), str(ours), quantize="int8")
+    file = ours / f"params/state/layers.1.mlp.experts.down.{what}" / ("2.0.0" if what == "weight" else "2.0")
+    numbers = np.fromfile(file, np.int8 if what == "weight" else np.float32)
+    numbers[len(numbers) // 2 :] = np.roll(numbers[len(numbers) // 2 :], 1) * (1 if what == "weight" else 2)
+    numbers.tofile(file)
+    checksum, error = convert.verify(str(source), str(ours))
+    assert checksum.endswith("checksum differs")
+    assert error.startswith("model.layers.1.mlp.experts.2.down_proj.weight: relative error ")
+    assert error.endswith("% in layers.1.mlp.experts.down.weight, at most 5%")
+
+
+def test_a_quantised_checkpoint_is_not_exported(source, ours, tmp_path):
+    convert.convert(str(source), str(ours), quantize="int8")
+    with pytest.raises(UserError, match="ours: its weights are rounded to int8; export a checkpoint that is not"):
+        convert.export(str(ours), str(tmp_path / "back"))
+    assert not (tmp_path / "back").exists()
+
+
+def test_bad_input(model, source, ours, tmp_path):
+    with pytest.raises(UserError, match="--quantize=int7: unknown; choose int8"):
+        convert.convert(str(source), str(ours), quantize="int7")
+    assert not ours.exists()
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    model.tensors[name][2, 3] = np.inf
+    with pytest.raises(UserError, match="experts.3.up_proj.weight holds values that are not finite"):
+        convert.convert(str(model.save(tmp_path / "broken")), str(ours), quantize="int8")
+    assert not checkpoint.is_checkpoint(ours)
+
+
+@pytest.mark.usefixtures("quick_compiling")
+def test_perplexity_of_the_embedded_model(tmp_path):
+    """Within the 0.1 % that int8 may cost, over prose that the model was not made for."""
+    text = "\n".join((DOCS / name).read_text() for name in ("architecture.md", "serving.md", "embedded-model.md"))
+    pieces = [text[first : first + 1500] for first in range(0, 24_000, 1500)]
+    losses = []
+    for form in (None, "int8"):
+        target = tmp_path / str(form)
+        convert.convert(str(embedded_model()), str(target), quantize=form)
+        llm = LLM.load(target, "float32", cache_tokens=4096)
+        scores = [score.logprobs[1:] for score in llm.score(pieces)]
+        losses.append(-np.mean([logprob for score in scores for logprob in score]))
+    assert sum(map(len, scores)) > 8000
+    print(losses)
+    assert abs(math.expm1(losses[1] - losses[0])) < 1e-3
