@@ -89,6 +89,16 @@ def test_gpus_without_a_compiler(run, monkeypatch):
     assert found["compare"]["expert"]["per_device"] == found["per_device"]
 
 
+def test_int8_weights(run):
+    arguments = ("plan", "--model=ernie-4.5-21b-a3b", "--topology=h100:1", "--json")
+    exact, small = (json.loads(run(*arguments, *more).out) for more in ((), ("--quantize=int8",)))
+    assert (exact["quantize"], small["quantize"]) == (None, "int8")
+    assert 0.5 < small["per_device"]["weights"] / exact["per_device"]["weights"] < 0.52
+    assert "ernie-4.5-21b-a3b, bfloat16 and int8 weights, on h100:1" in run(*arguments[:3], "--quantize=int8").out
+    result = run(*arguments, "--quantize=int3")
+    assert (result.code, result.out) == (1, "") and "--quantize=int3: unknown; choose int8" in result.err
+
+
 def test_what_does_not_fit_and_what_would(run):
     arguments = ("plan", "--model=ernie-4.5-300b-a47b", "--topology=v5e-8", "--batch=8")
     result = run(*arguments)
