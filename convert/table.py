@@ -199,8 +199,8 @@ def parameter_dtypes(
 ) -> dict[str, np.dtype]:
     """Choose the dtype in which each parameter is stored.
 
-    Router tensors stay float32, and quantised ones are int8. All others take the requested dtype or, without one, keep their own; where the tensors
-    of one fused parameter differ, it is float32, which holds them all.
+    Router tensors stay float32, and quantised ones are int8. All others take the requested dtype or, without one, keep
+    their own; where the tensors of one fused parameter differ, it is float32, which holds them all.
     """
     found: dict[str, set[np.dtype]] = {}
     for placement in placements:

@@ -69,8 +69,8 @@ def quantize(weight: np.ndarray, outputs: int = 1) -> Quantized:
 
 def dequantize(weight: Quantized) -> np.ndarray:
     """Return the weight [*out, *in] in float32."""
-    scales = np.asarray(weight.scales)
-    return np.asarray(weight.values, np.float32) * scales.reshape(*scales.shape, *(1,) * (weight.values.ndim - scales.ndim))
+    values, scales = np.asarray(weight.values, np.float32), np.asarray(weight.scales)
+    return values * scales.reshape(*scales.shape, *(1,) * (values.ndim - scales.ndim))
 
 
 def check_takes_quantized(op: str, backend: str | None) -> None:

@@ -73,7 +73,9 @@ def test_parameters(fields, chunk_bytes, rng, tmp_path, ours, monkeypatch):
     convert.convert(str(source), str(ours), quantize="int8")
     assert_equal(read(ours), expected(model))
     assert convert.verify(str(source), str(ours)) == []
-    assert checkpoint.read_config(ours).quantize == json.loads((ours / "manifest.json").read_text())["quantize"] == "int8"
+    assert (
+        checkpoint.read_config(ours).quantize == json.loads((ours / "manifest.json").read_text())["quantize"] == "int8"
+    )
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -95,8 +95,9 @@ def test_experts_match_float64(backend, tokens, dtype, bound, rng):
 
 
 @pytest.mark.parametrize(
-    ("op", "backend"), [("expert", "cuda"), ("expert", "mosaic"), ("expert", "gmm"), ("linear", "cuda"), ("halves", "cuda")]
-)  # fmt: skip
+    ("op", "backend"),
+    [("expert", "cuda"), ("expert", "mosaic"), ("expert", "gmm"), ("linear", "cuda"), ("halves", "cuda")],
+)
 def test_kernels_that_do_not_take_int8_say_so(op, backend, rng):
     sentence = f"{op} backend {backend} does not take int8 weights; leave it out or choose"
     with pytest.raises(UserError, match=sentence):
