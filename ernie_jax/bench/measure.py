@@ -65,6 +65,7 @@ class Prefill:
     runs = (1,)
 
     def seconds(self, whole: float) -> float:
+        """Return a prefill's time from that of its run."""
         return whole
 
     def cost(self, engine: Engine, layout: Layout) -> Cost:

@@ -67,12 +67,17 @@ def _define_verify(values: flags.FlagValues) -> None:
 
 def _verify(values: flags.FlagValues) -> int:
     import convert
+    from ernie_jax.checkpoint import read_manifest
 
     require(values, "source", "target")
     differences = convert.verify(values.source, values.target, revision=values.revision)
     for difference in differences:
         print(difference)
-    print(f"differences: {len(differences)}" if differences else "equal")
+    if differences:
+        print(f"differences: {len(differences)}")
+    else:
+        quantized = read_manifest(values.target).get("quantize")
+        print(f"equal but for the rounding to {quantized}" if quantized else "equal")
     return int(bool(differences))
 
 

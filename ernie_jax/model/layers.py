@@ -379,7 +379,7 @@ class MoE(nnx.Module):
         return y, Routing(*routing)
 
 
-def whole(h: jax.Array, backends: Backends) -> jax.Array:
+def materialized(h: jax.Array, backends: Backends) -> jax.Array:
     """Keep GPUs' XLA from multiplying by a norm's weight in each product that reads h, or in a pass of its own."""
     return jax.lax.optimization_barrier(h) if backends.platform == "gpu" else h
 
@@ -409,7 +409,7 @@ class DecoderLayer(nnx.Module):
                 half = self.attention.half(x, self.input_norm, angles, attend, cache, alone, backends)
             if half is None:
                 alone = False
-                h = rows.take(whole(self.input_norm(x), backends))
+                h = rows.take(materialized(self.input_norm(x), backends))
                 out, cache = self.attention(h, angles, attend, cache, shard, backends)
             else:
                 out, cache = half
@@ -421,7 +421,7 @@ class DecoderLayer(nnx.Module):
             if half is not None:
                 h, routing = half
             else:
-                alone, h = False, whole(self.post_attention_norm(x), backends)
+                alone, h = False, materialized(self.post_attention_norm(x), backends)
                 if isinstance(self.mlp, MoE):
                     h, routing = self.mlp(h, shard, backends, rows.total)
                 else:
