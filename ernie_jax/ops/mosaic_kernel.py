@@ -176,6 +176,8 @@ def grouped_product(
                         source, out_ref.at[pl.ds(first_row + i + at, size), columns], commit_group=False
                     )
 
+                # Of a group without stores Pallas' interpreter takes no note: it would think the last one still read.
+                pl.when(rows_here <= i)(functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True))
                 # The rows behind the block's are another's.
                 whole = rows_here >= i + _EPILOGUE
                 pl.when(whole)(functools.partial(store, 0, _EPILOGUE))

@@ -21,9 +21,13 @@ EXPERTS, K, INNER, WIDTH = 6, 3, 256, 256
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """Run Mosaic kernels on the CPU, on fewer multiprocessors than there are tiles."""
+    """Run Mosaic kernels on the CPU, on fewer multiprocessors than there are tiles.
+
+    Copies that share a clock hide races from each other, so that each has one of its own.
+    """
     monkeypatch.setattr(mosaic_kernel, "_SMS", 4)
-    run = functools.partial(grouped_product, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    parameters = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=256)
+    run = functools.partial(grouped_product, interpret=parameters)
     monkeypatch.setattr(mosaic_kernel, "grouped_product", run)
 
 
