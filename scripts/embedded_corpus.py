@@ -27,7 +27,7 @@ import sentencepiece
 POEMS_SHA256 = "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86"
 PIECES = 4032  # of the SentencePiece model; with the added tokens 5,057 ids
 COMMON = 2560  # Chinese characters with a piece of their own; poems that need another one are left out
-HELD_OUT = 32  # one document in so many, by the hash of its text
+HELD_OUT = 32  # one document in so many, by the hash of its text, of the embedded model's
 
 END = 2  # </s>
 DIGITS = "0123456789"
@@ -92,8 +92,8 @@ def tool(package: str, command: list[str], text: str | None = None) -> str:
         sys.exit(f"{command[0]} is missing; install it with: apt-get install {package}")
 
 
-def is_held_out(document: str) -> bool:
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % HELD_OUT == 0
+def is_held_out(document: str, one_in: int) -> bool:
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % one_in == 0
 
 
 def train_tokenizer(lines: list[str], characters: str, pieces: int) -> bytes:
@@ -158,12 +158,13 @@ def main() -> None:
     parser.add_argument("--poems", type=pathlib.Path, required=True, help="chinese-poetry-2.0.1.tgz")
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder for the texts and token ids")
     parser.add_argument("--model", type=pathlib.Path, default="models/ernie-embedded", help="folder for the tokenizer")
+    parser.add_argument("--held_out", type=int, default=HELD_OUT, help="hold out one document in so many")
     flags = parser.parse_args()
 
     poems, characters = read_poems(flags.poems)
     languages = {"english": read_bible(), "chinese": poems}
     splits = {
-        (language, split): [d for d in documents if is_held_out(d) == (split == "heldout")]
+        (language, split): [d for d in documents if is_held_out(d, flags.held_out) == (split == "heldout")]
         for language, documents in languages.items()
         for split in ("train", "heldout")
     }

@@ -1,0 +1,138 @@
+"""Measure what a form of weights costs in quality: perplexity, KL, and how long greedy answers stay the same.
+
+    python -m benchmarks.quality --reference=CHECKPOINT --models=CHECKPOINT,... --data=out/quality-corpus [--json=FILE]
+
+All checkpoints are converted ones of the same model. They run in float32, so that their weights are all that differs.
+--data holds NAME.heldout.npy as scripts/embedded_corpus.py writes them; every token is predicted once, in documents cut
+at 1,024 tokens. `train.toml`, beside this file, makes a model of 57 million parameters to judge by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ernie_jax.engine import SamplingParams
+from ernie_jax.errors import UserError
+from ernie_jax.llm import LLM
+from ernie_jax.model import Ernie
+from ernie_jax.ops import packed_attention
+from ernie_jax.train.data import Batch, Documents, heldout_batches, read_documents
+from ernie_jax.train.losses import IGNORED
+
+ROWS, LENGTH = 4, 1024
+PROMPTS, PROMPT, ANSWER = 32, 64, 256  # of the greedy answers
+
+
+@jax.jit
+def log_probabilities(model: Ernie, batch: Batch) -> jax.Array:
+    """Return float32 [B, T, V]."""
+
+    def attend(q, k, v, cache):
+        return packed_attention(q, k, v, batch.segments), cache
+
+    hidden = model(batch.tokens, batch.positions, attend).hidden
+    return jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32))
+
+
+@jax.jit
+def compare(reference: jax.Array, other: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+    """Return, of each token [B, T]: both losses, KL(reference || other), and whether both think the same likeliest."""
+
+    def loss(logprobs):
+        return -jnp.take_along_axis(logprobs, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+
+    divergence = jnp.sum(jnp.exp(reference) * (reference - other), axis=-1)
+    same = jnp.argmax(reference, axis=-1) == jnp.argmax(other, axis=-1)
+    return loss(reference), loss(other), divergence, same
+
+
+def on_text(reference: LLM, other: LLM, batches: list[Batch], name: str) -> dict[str, float]:
+    """Compare two models on every target of the batches."""
+    found = collections.defaultdict(list)
+    for batch in tqdm(batches, desc=name, unit="batch", leave=False):
+        logprobs = [log_probabilities(llm.model, batch) for llm in (reference, other)]
+        counted = batch.targets != IGNORED
+        for key, values in zip(("loss", "other", "kl", "same"), compare(*logprobs, batch.targets), strict=True):
+            found[key].append(np.asarray(values)[counted])
+    loss, theirs, kl, same = (np.concatenate(found[key]).astype(np.float64) for key in ("loss", "other", "kl", "same"))
+    worse = theirs - loss
+    return {
+        "tokens": len(loss),
+        "perplexity": math.exp(loss.mean()),
+        "perplexity_change": math.expm1(worse.mean()),
+        "standard_error": worse.std() / math.sqrt(len(worse)),
+        "kl_mean": kl.mean(),
+        "kl_median": float(np.median(kl)),
+        "kl_p99": float(np.percentile(kl, 99)),
+        "same_likeliest": same.mean(),
+    }
+
+
+def greedy(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    params = SamplingParams(max_new_tokens=ANSWER, temperature=0.0, ignore_eos=True)
+    return [completion.token_ids for completion in llm.generate(prompts, params)]
+
+
+def agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, float]:
+    """Tell how long answers are the same, and how many of them are to the end."""
+    until = [next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), ANSWER) for pair in
+             zip(ours, theirs, strict=True)]  # fmt: skip
+    return {"greedy_same_tokens": float(np.mean(until)), "greedy_same_whole": float(np.mean(np.equal(until, ANSWER)))}
+
+
+def heldout(directory: pathlib.Path, llm: LLM) -> Documents:
+    """Read the held-out documents of every language."""
+    if not (files := sorted(directory.glob("*.heldout.npy"))):
+        raise UserError(f"--data={directory}: has no NAME.heldout.npy; scripts/embedded_corpus.py writes them")
+    return read_documents(files, llm.config.eos_token_id, llm.config.vocab_size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", required=True, help="converted checkpoint, usually bfloat16")
+    parser.add_argument("--models", required=True, help="converted checkpoints to compare with it, by commas")
+    parser.add_argument("--data", type=pathlib.Path, required=True, help="folder with NAME.heldout.npy")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
+    flags = parser.parse_args()
+
+    options = {"cache_tokens": PROMPTS * (PROMPT + ANSWER), "max_sequences": PROMPTS}
+    reference = LLM.load(flags.reference, "float32", **options)
+    documents = heldout(flags.data, reference)
+    batches = heldout_batches(documents, ROWS, LENGTH)
+    long = np.flatnonzero(documents.lengths >= PROMPT)[:: max(1, int(np.sum(documents.lengths >= PROMPT)) // PROMPTS)]
+    prompts = [documents.tokens[start : start + PROMPT].tolist() for start in documents.starts[long[:PROMPTS]]]
+    expected = greedy(reference, prompts)
+    print(f"{reference.describe()}\n{'':24s} {'perplexity':>10} {'change':>16} {'KL mean':>9} {'median':>9} {'p99':>8} "
+          f"{'likeliest':>9} {'greedy':>7} {'whole':>6}", flush=True)  # fmt: skip
+    rows = []
+    for directory in flags.models.split(","):
+        other = LLM.load(directory, "float32", **options)
+        name = other.config.quantize or "bfloat16"
+        row = {"model": directory, "form": name, **on_text(reference, other, batches, name)}
+        row |= agreement(expected, greedy(other, prompts))
+        rows.append(row)
+        print(f"{name:24s} {row['perplexity'] * (1 + row['perplexity_change']):10.3f} "
+              f"{row['perplexity_change']:+8.3%} ± {row['standard_error']:.3%} {row['kl_mean']:9.5f} "
+              f"{row['kl_median']:9.6f} {row['kl_p99']:8.4f} {row['same_likeliest']:9.2%} "
+              f"{row['greedy_same_tokens']:7.1f} {row['greedy_same_whole']:6.0%}", flush=True)  # fmt: skip
+        del other
+    print(f"{rows[0]['tokens']:,} tokens; greedy: tokens until one differs, of {ANSWER}, {len(prompts)} answers")
+    if flags.json:
+        flags.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
