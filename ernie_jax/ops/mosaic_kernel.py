@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _SMS = 132  # of an H100 or H200; right with any number, fastest with the real one
 INNER = 64  # contracted at a time: 128 bytes, the widest swizzle
 _EPILOGUE = 64  # rows and columns that leave a warpgroup at a time
+_LOADED_ROWS = (16, 32, 64)  # at a time, of a block that has no more
 ALIGNMENT = 8  # rows, at a multiple of which an expert's rows begin: those of a tile in shared memory
 
 
@@ -70,6 +72,7 @@ def grouped_product(
     block = tiling.block
     if outputs % (width * across) or width % _EPILOGUE or inner % INNER or inner // INNER < tiling.steps:
         raise ValueError(f"{tiling} does not divide rows {rows.shape} and weights {weight.shape}")
+    sizes = [0, *(size for size in _LOADED_ROWS if size < block), block]
     column_tiles, turns = outputs // (width * across), inner // INNER
     beside = (outputs, 0) if shared is None or shared.shape[2] == inner else (0, inner)  # from one expert to the next
 
@@ -84,6 +87,7 @@ def grouped_product(
         def _(info):
             row_tile, column_tile = tile_of(info.index[0], live)
             chosen, first_row = blocks_ref[row_tile, 0], pl.multiple_of(blocks_ref[row_tile, 1], ALIGNMENT)
+            rows_here = blocks_ref[row_tile, 2]
 
             @pl.loop(0, turns)
             def _(turn):
@@ -115,8 +119,14 @@ def grouped_product(
 
                 for part in range(across * gates):
                     load_weights(part)
-                source = rows_ref.at[pl.ds(first_row, block), pl.ds(turn * INNER, INNER)]
-                plgpu.copy_gmem_to_smem(source, a.at[slot], full.at[slot])
+
+                def load_rows(size):
+                    source = rows_ref.at[pl.ds(first_row, size), pl.ds(turn * INNER, INNER)]
+                    plgpu.copy_gmem_to_smem(source, a.at[slot, pl.ds(0, size)], full.at[slot])
+
+                # Whole blocks of few rows would read as much from the second-level cache as the weights are.
+                for less, size in itertools.pairwise(sizes):
+                    pl.when((rows_here > less) & (rows_here <= size))(functools.partial(load_rows, size))
 
         mine = lax.div(live * column_tiles + _SMS - 1 - lax.axis_index("sm"), _SMS) * turns
 
