@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": ("serve", "serve a model over HTTP, as OpenAI's API"),
     "bench": ("bench", "measure decoding and prefill here against what the machine allows"),
     "usage": ("usage", "sum up a server's ledger: tokens and cost by API key"),
+    "data": ("data", "show what a recipe trains on, and every line that is bad"),
     "train": ("train", "train a model by a recipe"),
 }
 

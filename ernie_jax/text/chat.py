@@ -101,7 +101,7 @@ class ChatTemplate:
           UserError: if a message or tool is malformed (its index is named), the template knows no tools but there are
             some, or the template fails.
         """
-        messages = _messages(messages)
+        messages = read_messages(messages)
         if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
             raise UserError("tools must be a list of function tools")
         tools = [_tool(index, tool) for index, tool in enumerate(tools or ())]
@@ -150,8 +150,12 @@ def _named(source: str | list, origin: str) -> str | dict[str, str]:
         raise UserError(f"{origin}: field chat_template is neither text nor a list of named templates") from None
 
 
-def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages in the form that templates understand."""
+def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return OpenAI chat messages in the form that templates understand.
+
+    Raises:
+      UserError: if a message is malformed; its index is named.
+    """
     if isinstance(messages, (str, Mapping)) or not messages:
         raise UserError("messages must be a list of at least one message")
     return [_message(index, message) for index, message in enumerate(messages)]

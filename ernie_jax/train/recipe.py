@@ -6,10 +6,12 @@ import dataclasses
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from etils import epath
 
 from ernie_jax.errors import UserError
+from ernie_jax.train.sources import LONG_EXAMPLES, read_sources
 
 _INTEGERS = ("steps", "batch_size", "sequence_length", "log_every", "evaluate_every", "save_every")
 
@@ -20,12 +22,15 @@ class Recipe:
 
     Attributes:
       model: directory with config.json and the tokenizer's files; they are copied into the result.
-      data: directory with SOURCE.train.npy and SOURCE.heldout.npy: token ids, each document closed by the end token,
-        and perhaps with SOURCE.train.learnt.npy and SOURCE.heldout.learnt.npy: which of them are to be predicted.
-      sources: name -> how often an epoch shows its documents.
+      data: directory of the sources' files.
+      sources: name -> the fields of a sources.Source; or only its `times`, of token ids in NAME.train.npy and
+        NAME.heldout.npy.
       output: directory of the run: state/ to resume from, metrics.csv, curve.svg, and at the end checkpoint/.
       batch_size: rows of `sequence_length` tokens in a step.
       learning_rate: at the end of a linear warm-up; from there a cosine leads to `final_learning_rate`.
+      long_examples: what becomes of examples longer than a row, of which only a part is learnt: a name of
+        sources.LONG_EXAMPLES.
+      skip_bad_lines: leave out the lines of the data that can't be learnt from, instead of refusing to start.
       bias_update_rate: step of the routers' correction bias towards equal use of the experts.
       dtype: of the computation and of the result; master weights and optimiser state are float32.
       expert_backend: a name of ops.DIFFERENTIABLE_EXPERT_BACKENDS.
@@ -36,7 +41,7 @@ class Recipe:
 
     model: str
     data: str
-    sources: Mapping[str, int]
+    sources: Mapping[str, Any]
     output: str
     steps: int
     batch_size: int
@@ -54,6 +59,8 @@ class Recipe:
     dtype: str = "bfloat16"
     expert_backend: str = "dense"
     seed: int = 0
+    long_examples: str = "error"
+    skip_bad_lines: bool = False
     log_every: int = 20
     evaluate_every: int = 200
     save_every: int = 500
@@ -63,8 +70,8 @@ class Recipe:
             kind, value = field.type, getattr(self, field.name)
             if kind == "float" and type(value) is int:
                 object.__setattr__(self, field.name, value := float(value))
-            good = {"int": int, "float": float, "str": str}.get(kind, Mapping)
-            if not isinstance(value, good) or isinstance(value, bool):
+            good = {"int": int, "float": float, "str": str, "bool": bool}.get(kind, Mapping)
+            if not isinstance(value, good) or (isinstance(value, bool) and kind != "bool"):
                 raise UserError(f"recipe field {field.name} must be {kind}, found {value!r}")
             if kind == "float" and not 0 <= value < float("inf"):
                 raise UserError(f"recipe field {field.name} is {value}: it must be a number from 0 up")
@@ -73,8 +80,11 @@ class Recipe:
                 raise UserError(f"recipe field {name} is {getattr(self, name)}: it must be at least 1")
         if not 0 <= self.warmup_steps < self.steps:
             raise UserError(f"recipe field warmup_steps is {self.warmup_steps}: it must be from 0 to below steps")
-        if not self.sources or not all(type(times) is int and times > 0 for times in self.sources.values()):
-            raise UserError("recipe field sources must name at least one source, each with a whole number from 1 up")
+        read_sources(self.sources)
+        if self.long_examples not in LONG_EXAMPLES:
+            raise UserError(
+                f"recipe field long_examples is {self.long_examples!r}; it must be one of {', '.join(LONG_EXAMPLES)}"
+            )
 
 
 def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:

@@ -23,7 +23,7 @@ from ernie_jax.model import Backends, Ernie, initialize
 from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, packed_attention
 from ernie_jax.paths import storage_path
 from ernie_jax.sharding import Layout, make_layout, shard_abstract, single
-from ernie_jax.train.data import Batch, TrainingData, heldout_batches, read_documents
+from ernie_jax.train.data import Batch, claim_data, load_data
 from ernie_jax.train.losses import balanced_bias, cross_entropy, expert_usage
 from ernie_jax.train.metrics import Metrics
 from ernie_jax.train.recipe import Recipe
@@ -165,7 +165,7 @@ def run(
             f"recipe field sequence_length is {recipe.sequence_length}: the model's max_position_embeddings is "
             f"{config.max_position_embeddings}"
         )
-    training, heldout = _read_data(recipe, config)
+    training, heldout, digests = load_data(recipe, config)
     layout = make_layout(config, jax.devices(), mesh, sharding) if mesh or sharding else single()
     trainer = Trainer(recipe, config, layout)
     # Orbax takes no relative paths.
@@ -176,6 +176,7 @@ def run(
     policies = ocp.training.preservation_policies
     with ocp.training.Checkpointer(output / "state", preservation_policy=policies.LatestN(1)) as saved:
         start = saved.latest.step if saved.latest else 0
+        claim_data(output, digests, start)
         if start:
             state = saved.load(start, jax.tree.map(ocp.arrays.to_shape_dtype_struct, state))
         heldout_columns = [f"{name}_loss" for name in heldout]
@@ -216,19 +217,6 @@ def run(
 def _decays(name: str) -> bool:
     """Tell whether weight decay pulls a parameter: matrices yes, norms and biases no."""
     return name.endswith(".weight") and "norm" not in name
-
-
-def _read_data(recipe: Recipe, config: ModelConfig) -> tuple[TrainingData, dict[str, list[Batch]]]:
-    """Return the training batches, and the held-out batches of each source."""
-    directory = storage_path(recipe.data)
-    shape = recipe.batch_size, recipe.sequence_length
-    paths = [directory / f"{name}.train.npy" for name, times in recipe.sources.items() for _ in range(times)]
-    documents = read_documents(paths, config.eos_token_id, config.vocab_size)
-    heldout = {}
-    for name in recipe.sources:
-        path = directory / f"{name}.heldout.npy"
-        heldout[name] = heldout_batches(read_documents([path], config.eos_token_id, config.vocab_size), *shape)
-    return TrainingData(documents, *shape, recipe.seed), heldout
 
 
 def _claim(output: epath.Path, recipe: Recipe) -> None:
