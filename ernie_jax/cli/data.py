@@ -137,9 +137,9 @@ def _shower(recipe: Recipe) -> Callable[[Batch, int, int], str]:
 
 DATA = Command(
     "data",
-    "Show what a recipe trains on: what is in its files and every line that can't be learnt from, the sources' shares, how "
-    "full the packed rows are, and a few examples as the model sees them. What is learnt is green on a terminal, elsewhere "
-    "or with NO_COLOR set it stands in [[ ]]. Exits with 1 if a line is bad.",
+    "Show what a recipe trains on: what is in its files and every line that can't be learnt from, the sources' shares, "
+    "how full the packed rows are, and a few examples as the model sees them. What is learnt is green on a terminal, "
+    "elsewhere or with NO_COLOR set it stands in [[ ]]. Exits with 1 if a line is bad.",
     (
         "main.py data --config=configs/sft_embedded.toml",
         "main.py data --config=configs/sft_embedded.toml --set=sequence_length=512 --examples=10",
