@@ -6,6 +6,7 @@ import pytest
 
 from ernie_jax.errors import UserError
 from ernie_jax.train import load_recipe
+from ernie_jax.train.sources import Source, read_sources
 
 GOOD = """
 model = "m"
@@ -31,6 +32,12 @@ def test_overrides(recipe):
     assert (loaded.steps, loaded.learning_rate, loaded.output) == (20, 1.0, "out/elsewhere")
     assert loaded.sources == {"a": 1, "b": 2}
     assert loaded.model == "m"
+    loaded = load_recipe(recipe, ["sources={a={train='a.jsonl', times=0.5}}", "skip_bad_lines=true"])
+    assert read_sources(loaded.sources) == [Source("a", "a.jsonl", None, 0.5)] and loaded.skip_bad_lines
+
+
+def test_a_source_may_be_only_a_number(recipe):
+    assert read_sources(load_recipe(recipe).sources) == [Source("english", "english.train.npy", "english.heldout.npy")]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,14 @@ def test_overrides(recipe):
         ("warmup_steps=10", "warmup_steps is 10"),
         ("sources=english", "sources must be"),
         ("sources={}", "sources must name"),
-        ("sources={a=0}", "sources must name"),
+        ("sources={a=0}", "sources.a: its times must be a number above 0, found 0"),
+        ("sources={a=true}", "sources.a: its times must be a number above 0, found True"),
+        ("sources={a={times=2}}", "sources.a needs field train, its file"),
+        ("sources={a={train='x', path='y'}}", "sources.a has no field path; fields are train, heldout, times, format"),
+        ("sources={a={train=3}}", "sources.a.train must be text, found 3"),
+        ("sources={a={train='x', format='sharegpt'}}", "sources.a.format is 'sharegpt'; formats are .*alpaca"),
+        ("long_examples=cut", "long_examples is 'cut'; it must be one of error, skip, truncate"),
+        ("skip_bad_lines=1", "skip_bad_lines must be bool, found 1"),
     ],
 )
 def test_bad_fields_are_named(recipe, override, message):
