@@ -271,7 +271,7 @@ def _tokenise_chunks(path: epath.Path, form: str, model: epath.Path) -> Iterator
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(workers, context) as pool,
-        tqdm(desc=f"tokenise {path.name}", unit="line", delay=1) as bar,
+        tqdm(desc=f"tokenise {path.name}", initial=_CHUNK * len(few), unit="line", delay=1) as bar,
     ):
         for some in itertools.batched(itertools.chain([rest], chunks), 8 * workers):
             for chunk, (_, lines) in zip(pool.map(work, *zip(*some, strict=True)), some, strict=True):

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -199,6 +200,15 @@ def test_all_examples_are_good():
     for name in names:
         found = read(EXAMPLES / name)
         assert found.bad == [] and found.unused == {} and found.learnt() > 0, name
+
+
+def test_the_lines_that_the_documentation_shows_are_good(tmp_path):
+    text = (ROOT / "docs" / "training.md").read_text().partition("### Formats")[2].partition("### Bad lines")[0]
+    lines = re.findall(r"`(\{.*?\})`(?=[,; |])", text)
+    assert len(lines) == 7
+    for line in lines:
+        found = read(write(tmp_path, line.encode()))
+        assert found.bad == [] and found.unused == {} and f"`{found.form}`" in text, line
 
 
 def test_a_format_can_be_named(tmp_path):
