@@ -236,13 +236,17 @@ def load_data(recipe: Recipe, config: ModelConfig) -> Data:
     """
     files = list(survey(recipe, config))
     for file in files:
-        if not file.bad:
-            continue
-        if not recipe.skip_bad_lines:
+        if file.bad and not recipe.skip_bad_lines:
             number, reason = file.bad[0]
             more = f" (and {len(file.bad) - 1} more, which `main.py data` lists)" if len(file.bad) > 1 else ""
             raise UserError(f"{file.path}, {file.unit} {number}: {reason}{more}; skip_bad_lines = true leaves it out")
-        distributed.say(f"{file.path}: {len(file.bad)} of {file.lines} {file.unit}s are bad and left out")
+        if file.bad:
+            distributed.say(f"{file.path}: {len(file.bad)} of {file.lines} {file.unit}s are bad and left out")
+        for count, what in ((file.truncated, "cut off"), (file.skipped, "left out")):
+            if count:
+                distributed.say(
+                    f"{file.path}: {count} of {len(file.numbers) + file.skipped} examples too long and {what}"
+                )
     data = assemble(files, recipe)
     distributed.agree({f"the data file {path}": digest for path, digest in data.digests.items()})
     return data

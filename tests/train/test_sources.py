@@ -329,7 +329,7 @@ def test_a_model_without_a_chat_template_can_only_learn_texts(tmp_path):
 # Long examples, bad lines and files together ------------------------------------------------------------------------
 
 
-def test_long_examples_are_bad_or_left_out_or_cut(tmp_path):
+def test_long_examples_are_bad_or_left_out_or_cut(tmp_path, capsys):
     long = {"messages": [USER, {**ANSWER, "content": "word " * 80}]}
     asked = {"messages": [{"role": "user", "content": "word " * 90}, ANSWER]}
     path = write(tmp_path, assistant(), long, asked)
@@ -341,7 +341,9 @@ def test_long_examples_are_bad_or_left_out_or_cut(tmp_path):
     found = read(path, BASE, sequence_length=64, long_examples="truncate")
     assert (found.bad, found.skipped, found.truncated, found.numbers.tolist()) == ([], 1, 1, [1, 2])
     assert found.sides[0].lengths.max() == 64
-    assert load_data(recipe(path, BASE, sequence_length=64, long_examples="skip"), config()).training.steps(1) == 1
+    assert load_data(recipe(path, BASE, sequence_length=64, long_examples="truncate"), config()).training.steps(1) == 1
+    told = capsys.readouterr().err
+    assert "1 of 3 examples too long and cut off" in told and "1 of 3 examples too long and left out" in told
 
 
 def config() -> ModelConfig:
