@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from ernie_jax.train.loop import run
 from ernie_jax.train.recipe import Recipe, load_recipe
-from ernie_jax.train.trainer import run
 
 __all__ = ["Recipe", "load_recipe", "run", "train"]
 
