@@ -36,11 +36,12 @@ _PARAMETER_AXES = (
     *("vocab", "embed", "embed_pair", "kv_head", "group_head", "head_dim"),
     *("gate_up", "mlp", "expert", "expert_mlp", "expert_score"),
 )
-_REPLICATED = dict.fromkeys((*_PARAMETER_AXES, "group", "page"), ())
+_REPLICATED = dict.fromkeys((*_PARAMETER_AXES, "group", "page", "token"), ())
 _SHARDED = MappingProxyType(
     _REPLICATED
     | {
         "group": ("data",),
+        "token": MESH_AXES,
         "page": ("data",),
         "kv_head": ("expert", "tensor"),
         "expert": ("data", "expert"),
@@ -50,7 +51,7 @@ _SHARDED = MappingProxyType(
     }
 )
 _EXCHANGED = MappingProxyType(_SHARDED | {"kv_head": (), "mlp": ()})
-_FSDP = MappingProxyType(_REPLICATED | {"group": MESH_AXES, "embed": MESH_AXES})
+_FSDP = MappingProxyType(_REPLICATED | dict.fromkeys(("group", "token", "embed"), MESH_AXES))
 
 
 @dataclasses.dataclass(frozen=True)

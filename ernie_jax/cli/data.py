@@ -36,7 +36,7 @@ def _data(values: flags.FlagValues) -> int:
     from ernie_jax.train.data import assemble, survey
 
     recipe = load_recipe(values.config, values["set"].value)
-    config = ModelConfig.from_file(storage_path(recipe.model) / "config.json")
+    config = ModelConfig.from_file(storage_path(recipe.directory) / "config.json")
     files = []
     for file in survey(recipe, config):
         print("\n".join(_describe(file)))
@@ -112,7 +112,7 @@ def _shower(recipe: Recipe) -> Callable[[Batch, int, int], str]:
     from ernie_jax.text import Tokenizer
     from ernie_jax.train.losses import IGNORED
 
-    model = storage_path(recipe.model)
+    model = storage_path(recipe.directory)
     named = any((model / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
     tokenizer = Tokenizer.load(model) if named else None
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -103,6 +104,7 @@ class Ernie(nnx.Module):
         backends: Backends = DEFAULT_BACKENDS,
         shard: Shard = WHOLE,
         rows: GroupRows = ALL_ROWS,
+        remember: Callable[[Callable], Callable] = lambda layer: layer,
     ) -> ModelOutput:
         """Run the decoder.
 
@@ -117,6 +119,7 @@ class Ernie(nnx.Module):
           caches: one entry a layer; None without a cache.
           shard: this shard's view of the layout.
           rows: this group's window of the tokens; default: all of them.
+          remember: makes of the function that runs a layer one that remembers less for its gradient: jax.checkpoint.
         """
         caches = list(caches) if caches is not None else [None] * len(self.layers)
         with jax.named_scope("embed"):
@@ -129,6 +132,7 @@ class Ernie(nnx.Module):
         def run(layer, x, cache):
             return layer(x, angles, attend, cache, shard, rows, backends)
 
+        run = remember(run)
         if isinstance(x, jax.core.Tracer):  # not called as it is: that would compile anew each time
             run = jax.jit(run)  # layers that are alike are traced once: of 28 that saves three quarters of the time
 
@@ -142,13 +146,16 @@ class Ernie(nnx.Module):
     def logits(self, hidden: jax.Array, backends: Backends = DEFAULT_BACKENDS) -> jax.Array:
         """Map hidden states [..., D] to logits [..., V], in the model's dtype; of a shard's slice of the vocabulary."""
         with jax.named_scope("head"):
-            tied = self.config.tie_word_embeddings
-            weight = (self.embed.weight if tied else self.head.weight)[...]
-            bias = self.head.bias[...] if self.config.head_bias else None
+            weight, bias = self.head_weights()
             vocab, width = weight.shape
             shape = hidden.size // width, width, vocab, weight.dtype
             backend = backends.linear or default_linear_backend(backends.platform, *shape)
             return linear("...d,vd->...v", hidden, weight, bias, backend)
+
+    def head_weights(self) -> tuple[jax.Array, jax.Array | None]:
+        """Return the output head's weight [V, D], which may be the embedding's, and its bias [V] if it has one."""
+        weight = self.embed.weight if self.config.tie_word_embeddings else self.head.weight
+        return weight[...], self.head.bias[...] if self.config.head_bias else None
 
 
 def forward(model: Ernie, tokens: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ernie_jax.train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from ernie_jax.train.trainer import run
+    from ernie_jax.train.loop import run
 
 __all__ = ["Recipe", "load_recipe", "run", "train"]
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
     """Import the loop when it is first used: the processes that tokenise need no JAX."""
     if name != "run":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ernie_jax.train.trainer import run
+    from ernie_jax.train.loop import run
 
     return run
 
@@ -31,6 +31,6 @@ def train(
     sharding: str | None = None,
 ) -> dict[str, float]:
     """Run the recipe in a TOML file with some fields overridden ("name=value"); see `run`."""
-    from ernie_jax.train.trainer import run
+    from ernie_jax.train.loop import run
 
     return run(load_recipe(path, overrides), progress, mesh, sharding)

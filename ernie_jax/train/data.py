@@ -259,7 +259,7 @@ def survey(recipe: Recipe, config: ModelConfig) -> Iterator[SourceFile]:
       UserError: if one is missing or can't be read at all.
     """
     sources = read_sources(recipe.sources)
-    return read_files(sources, recipe.data, recipe.model, config, recipe.sequence_length, recipe.long_examples)
+    return read_files(sources, recipe.data, recipe.directory, config, recipe.sequence_length, recipe.long_examples)
 
 
 def assemble(files: Sequence[SourceFile], recipe: Recipe) -> Data:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -13,54 +14,84 @@ from etils import epath
 from ernie_jax.errors import UserError
 from ernie_jax.train.sources import LONG_EXAMPLES, read_sources
 
-_INTEGERS = ("steps", "batch_size", "sequence_length", "log_every", "evaluate_every", "save_every")
+_INTEGERS = ("steps", "batch_size", "sequence_length", "accumulate", "log_every", "evaluate_every", "save_every")
+_CHOICES = {
+    "long_examples": LONG_EXAMPLES,
+    "schedule": ("cosine", "wsd"),
+    "decay": ("half_life", "1-sqrt"),
+    "moment_dtype": ("float32", "bfloat16"),
+    "remat": ("none", "products", "layers"),
+}
+# Of a model that goes on learning the routers stay as they are, as in ERNIEKit.
+_FROZEN_IN_CHECKPOINTS = ("*.router.*",)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Describe one training run from random weights. Paths are local or gs://.
+    """Describe one training run. Paths are local or gs://.
 
     Attributes:
-      model: directory with config.json and the tokenizer's files; they are copied into the result.
+      model: directory with config.json and the tokenizer's files, which are copied into the result; the run starts from
+        random weights.
+      checkpoint: instead of `model`, a converted checkpoint whose weights the run starts from.
       data: directory of the sources' files.
       sources: name -> the fields of a sources.Source; or only its `times`, of token ids in NAME.train.npy and
         NAME.heldout.npy.
       output: directory of the run: state/ to resume from, metrics.csv, curve.svg, and at the end checkpoint/.
       batch_size: rows of `sequence_length` tokens in a step.
-      learning_rate: at the end of a linear warm-up; from there a cosine leads to `final_learning_rate`.
-      long_examples: what becomes of examples longer than a row, of which only a part is learnt: a name of
-        sources.LONG_EXAMPLES.
+      long_examples: what becomes of examples longer than a row, of which only a part is learnt.
       skip_bad_lines: leave out the lines of the data that can't be learnt from, instead of refusing to start.
-      bias_update_rate: step of the routers' correction bias towards equal use of the experts.
-      dtype: of the computation and of the result; master weights and optimiser state are float32.
+      accumulate: in how many parts, one after the other, a step computes its gradient.
+      learning_rate: at the end of a linear warm-up; from there the schedule leads to `final_learning_rate`.
+      schedule: "cosine", or "wsd": constant up to the last `decay_steps`.
+      decay: how wsd ends, "half_life" or "1-sqrt".
+      decay_steps: of wsd; 0 is a tenth of all.
+      moment_dtype: in which AdamW's moments are stored.
+      token_balanced: divide the gradient by all places of a batch instead of those that are learnt, so that a token
+        weighs the same however few of a batch are learnt.
+      frozen: names of parameters that stay as they are, with * for any letters; default: with a checkpoint the routers,
+        else none.
+      bias_update_rate: step of the routers' correction bias towards equal use of the experts, unless it is frozen.
+      remat: what a step computes again instead of keeping it: "none"; "products": all but matrix products; "layers":
+        all but what goes from layer to layer.
+      dtype: of the computation and of the result; master weights are float32.
       expert_backend: a name of ops.DIFFERENTIABLE_EXPERT_BACKENDS.
 
     Raises:
       UserError: naming the field, if a value is out of range.
     """
 
-    model: str
+    model: str = ""
+    checkpoint: str = ""
     data: str
     sources: Mapping[str, Any]
     output: str
     steps: int
     batch_size: int
     sequence_length: int
+    long_examples: str = "error"
+    skip_bad_lines: bool = False
+    accumulate: int = 1
     learning_rate: float
     final_learning_rate: float = 0.0
     warmup_steps: int = 0
+    schedule: str = "cosine"
+    decay: str = "half_life"
+    decay_steps: int = 0
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
+    moment_dtype: str = "float32"
     gradient_clip: float = 1.0
+    token_balanced: bool = False
+    frozen: Sequence[str] | None = None
     init_scale: float = 0.02
     bias_update_rate: float = 1e-3
+    remat: str = "none"
     dtype: str = "bfloat16"
     expert_backend: str = "dense"
     seed: int = 0
-    long_examples: str = "error"
-    skip_bad_lines: bool = False
     log_every: int = 20
     evaluate_every: int = 200
     save_every: int = 500
@@ -70,21 +101,66 @@ class Recipe:
             kind, value = field.type, getattr(self, field.name)
             if kind == "float" and type(value) is int:
                 object.__setattr__(self, field.name, value := float(value))
-            good = {"int": int, "float": float, "str": str, "bool": bool}.get(kind, Mapping)
-            if not isinstance(value, good) or (isinstance(value, bool) and kind != "bool"):
-                raise UserError(f"recipe field {field.name} must be {kind}, found {value!r}")
+            if not _is_of(kind, value):
+                raise UserError(f"recipe field {field.name} must be {_describe(kind)}, found {value!r}")
             if kind == "float" and not 0 <= value < float("inf"):
                 raise UserError(f"recipe field {field.name} is {value}: it must be a number from 0 up")
         for name in _INTEGERS:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe field {name} is {getattr(self, name)}: it must be at least 1")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"recipe field {name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if bool(self.model) == bool(self.checkpoint):
+            raise UserError(
+                "give either the recipe field model, to start from random weights, or checkpoint, to start from those "
+                "of a converted checkpoint"
+            )
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"recipe field batch_size is {self.batch_size}: it must be a multiple of accumulate, {self.accumulate}"
+            )
         if not 0 <= self.warmup_steps < self.steps:
             raise UserError(f"recipe field warmup_steps is {self.warmup_steps}: it must be from 0 to below steps")
         read_sources(self.sources)
-        if self.long_examples not in LONG_EXAMPLES:
+        if not 0 <= self.decay_steps <= self.steps - self.warmup_steps:
             raise UserError(
-                f"recipe field long_examples is {self.long_examples!r}; it must be one of {', '.join(LONG_EXAMPLES)}"
+                f"recipe field decay_steps is {self.decay_steps}: it must be from 0 to steps less warmup_steps"
             )
+
+    @property
+    def directory(self) -> str:
+        """The directory of the model's config and tokenizer."""
+        return self.model or self.checkpoint
+
+    def freezes(self, parameter: str) -> bool:
+        """Tell whether a parameter stays as it is."""
+        frozen = self.frozen
+        if frozen is None:
+            frozen = _FROZEN_IN_CHECKPOINTS if self.checkpoint else ()
+        return any(fnmatch.fnmatchcase(parameter, pattern) for pattern in frozen)
+
+
+_KINDS = {
+    "int": ("a whole number", int),
+    "float": ("a number", float),
+    "str": ("a text", str),
+    "bool": ("true or false", bool),
+    "Mapping[str, Any]": ("a table", Mapping),
+    "Sequence[str]": ("a list of texts", Sequence),
+}
+
+
+def _describe(kind: str) -> str:
+    return _KINDS[kind.removesuffix(" | None")][0]
+
+
+def _is_of(kind: str, value) -> bool:
+    if kind.endswith(" | None"):
+        return value is None or _is_of(kind.removesuffix(" | None"), value)
+    if kind == "Sequence[str]":
+        return isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
+    return isinstance(value, _KINDS[kind][1]) and isinstance(value, bool) == (kind == "bool")
 
 
 def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:

@@ -1,98 +1,111 @@
-"""Trainer: from random weights to a checkpoint, resumable at every save."""
+"""Trainer: the jitted steps of a recipe."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import functools
 import math
-import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
-from flax import nnx
-from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
 
-from ernie_jax import checkpoint
-from ernie_jax.config import ModelConfig, read_json
+from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
-from ernie_jax.model import Backends, Ernie, initialize
+from ernie_jax.model import Backends, Ernie
 from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, packed_attention
-from ernie_jax.paths import storage_path
-from ernie_jax.sharding import Layout, make_layout, shard_abstract, single
-from ernie_jax.train.data import Batch, claim_data, load_data
-from ernie_jax.train.losses import balanced_bias, cross_entropy, expert_usage
-from ernie_jax.train.metrics import Metrics
+from ernie_jax.sharding import Layout
+from ernie_jax.train.data import Batch
+from ernie_jax.train.losses import IGNORED, balanced_bias, expert_usage, routing_entropy, token_losses
+from ernie_jax.train.optimizer import make_optimizer, make_schedule
 from ernie_jax.train.recipe import Recipe
+from ernie_jax.train.weights import Parameters, Plan, Weights
 
-Parameters = dict[str, jax.Array]  # dotted path, as in model.parameter_specs -> float32 master weight
+_REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda layer: layer,
+    "products": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "layers": jax.checkpoint,
+}
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """All that a step takes; it changes `parameters` and `optimizer`, which is what is saved.
+
+    Attributes:
+      parameters: float32 masters of what is trained.
+      frozen: the other weights.
+    """
 
     parameters: Parameters
     optimizer: optax.OptState
+    frozen: Parameters
+
+
+class Sums(NamedTuple):
+    """What a batch, or a part of one, adds up to.
+
+    Attributes:
+      loss: summed over all targets, float32.
+      usage: of the experts [E], by name of their layer's bias.
+      entropy: of the routers' probabilities in nats, over all real tokens and MoE layers.
+    """
+
+    loss: jax.Array
+    usage: dict[str, jax.Array]
+    entropy: jax.Array
 
 
 class Trainer:
     """The jitted steps of a recipe; XLA derives the communication from where a layout puts weights and batches.
 
+    Attributes:
+      schedule: step, counted from 0 -> learning rate.
+
     Raises:
-      UserError: if the recipe names an unknown dtype or expert backend.
+      UserError: if the recipe names an unknown dtype or expert backend, or does not fit the model or layout.
     """
 
     def __init__(self, recipe: Recipe, config: ModelConfig, layout: Layout):
         if recipe.expert_backend not in DIFFERENTIABLE_EXPERT_BACKENDS:
             raise UserError(f"recipe field expert_backend must be one of {', '.join(DIFFERENTIABLE_EXPERT_BACKENDS)}")
-        if recipe.batch_size % layout.groups:
+        parts = layout.groups * recipe.accumulate
+        if recipe.batch_size % parts:
             raise UserError(
                 f"recipe field batch_size is {recipe.batch_size}: it must be a multiple of the {layout.groups} groups "
-                f"of {layout.describe()}"
+                f"of {layout.describe()} times accumulate, {recipe.accumulate}"
             )
         self._recipe, self._config, self._layout = recipe, config, layout
-        abstract = Ernie(config, checkpoint.parse_dtype(recipe.dtype))
-        self._graph, state = nnx.split(abstract)
-        self._leaves = nnx.to_flat_state(state)
-        placed = nnx.to_flat_state(shard_abstract(state, layout))
-        self._shardings = {".".join(map(str, path)): leaf.get_value().sharding for path, leaf in placed}
-        moe_layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
-        self._biases = [f"layers.{i}.mlp.router.correction_bias" for i in moe_layers]
-        self.schedule = optax.warmup_cosine_decay_schedule(
-            0.0, recipe.learning_rate, recipe.warmup_steps, recipe.steps, recipe.final_learning_rate
-        )
-        self._optimizer = optax.chain(
-            optax.clip_by_global_norm(recipe.gradient_clip),
-            optax.adamw(
-                self.schedule,
-                recipe.adam_beta1,
-                recipe.adam_beta2,
-                recipe.adam_epsilon,
-                weight_decay=recipe.weight_decay,
-                mask=lambda parameters: {name: _decays(name) for name in parameters},
-            ),
-        )
+        self.plan = Plan(recipe, config, layout)
+        self._biases = [f"layers.{i}.mlp.router.correction_bias" for i in config.moe_layers]
+        self.schedule = make_schedule(recipe)
+        self._optimizer = make_optimizer(recipe, self.schedule, {})
         self.step = jax.jit(self._step, donate_argnums=0)
         self.evaluate_batch = jax.jit(self._evaluate_batch)
 
     def initial_state(self) -> TrainState:
-        """Draw the weights that the recipe's seed gives."""
-        model = Ernie(self._config, jnp.float32)
-        initialize(model, self._layout, self._recipe.seed, self._recipe.init_scale)
-        leaves = nnx.to_flat_state(nnx.state(model))
-        parameters = {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
-        return TrainState(parameters, self._optimizer.init(parameters))
+        """Read or draw the weights that the recipe starts from."""
+        weights = self.plan.start()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().optimizer)
+        optimizer = jax.jit(self._optimizer.init, out_shardings=shardings)(weights.trained)
+        return TrainState(weights.trained, optimizer, weights.frozen)
 
-    def bind(self, parameters: Parameters) -> Ernie:
-        """Return the model with these weights, rounded to the recipe's dtype; router tensors stay float32."""
+    def abstract_state(self) -> TrainState:
+        """Describe shapes, dtypes and shardings of `initial_state`, without any weight."""
+        trained = {name: self.plan.abstract[name] for name in self.plan.trained}
+        frozen = {name: leaf for name, leaf in self.plan.abstract.items() if name not in trained}
 
-        def rounded(path, leaf):
-            return path, leaf.replace(parameters[".".join(map(str, path))].astype(leaf.get_value().dtype))
+        def place(path, leaf):  # moments lie as the parameters that they are of
+            names = (entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+            sharding = next((trained[name].sharding for name in names if name in trained), self._layout.sharding())
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        return nnx.merge(self._graph, nnx.from_flat_state([rounded(path, leaf) for path, leaf in self._leaves]))
+        optimizer = jax.eval_shape(self._optimizer.init, trained)
+        return TrainState(trained, jax.tree_util.tree_map_with_path(place, optimizer), frozen)
+
+    def bind(self, state: TrainState) -> Ernie:
+        """Return the model with the weights of a state, rounded to the recipe's dtype; router tensors stay float32."""
+        return self.plan.bind(Weights(state.parameters, state.frozen))
 
     def place(self, batch: Batch) -> Batch:
         """Put the rows of a batch where the layout wants them."""
@@ -100,137 +113,93 @@ class Trainer:
 
     def evaluate(self, state: TrainState, batches: list[Batch]) -> float:
         """Return the mean loss over all targets of some batches, in nats."""
-        sums = [self.evaluate_batch(state.parameters, self.place(batch)) for batch in batches]
+        sums = [self.evaluate_batch(state, self.place(batch)) for batch in batches]
         loss, count = (math.fsum(map(float, part)) for part in zip(*sums, strict=True))
         return loss / count
 
-    def _loss(self, parameters: Parameters, batch: Batch):
-        """Return the summed loss, and (number of targets, usage of the experts [E] by name of their bias)."""
-        model = self.bind(parameters)
+    def _sums(self, weights: Weights, batch: Batch) -> Sums:
+        model = self.plan.bind(weights)
 
         def attend(q, k, v, cache):
             return packed_attention(q, k, v, batch.segments), cache
 
-        out = model(batch.tokens, batch.positions, attend, backends=Backends(self._recipe.expert_backend))
+        backends, remember = Backends(self._recipe.expert_backend), _REMAT[self._recipe.remat]
+        out = model(batch.tokens, batch.positions, attend, backends=backends, remember=remember)
         real = batch.segments.reshape(-1) >= 0
         usages = [expert_usage(routing.experts, self._config.moe_num_experts, real) for routing in out.routing]
-        loss, count = cross_entropy(model.logits(out.hidden), batch.targets)
-        return loss, (count, dict(zip(self._biases, usages, strict=True)))
+        entropy = sum((routing_entropy(routing.probabilities, real) for routing in out.routing), jnp.float32(0))
+        loss = self._token_losses(model, out.hidden, batch.targets).sum()
+        return Sums(loss, dict(zip(self._biases, usages, strict=True)), entropy)
+
+    def _token_losses(self, model: Ernie, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        """Return the losses of all tokens, [T]: each device takes a part of them and the head's whole weight."""
+        weight, bias = model.head_weights()
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        devices = self._layout.size("token")
+        if devices == 1:
+            return token_losses(hidden, weight, bias, targets)
+        more = -len(targets) % devices
+        hidden, targets = jnp.pad(hidden, ((0, more), (0, 0))), jnp.pad(targets, (0, more), constant_values=IGNORED)
+        tokens, whole = self._layout.spec(("token",)), self._layout.spec(())
+        spread = jax.shard_map(
+            token_losses,
+            mesh=self._layout.mesh,
+            in_specs=(tokens, whole, whole, tokens),
+            out_specs=tokens,
+            check_vma=False,  # the gradient of its own that a chunk brings knows no such types
+        )
+        return spread(hidden, weight, bias, targets)
+
+    def _gradients(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[Parameters, Sums]:
+        """Return the gradient of the loss per `count`, and what the batch adds up to."""
+
+        def part(parameters, batch):
+            sums = self._sums(Weights(parameters, state.frozen), batch)
+            return sums.loss / count, sums
+
+        differentiate = jax.grad(part, has_aux=True)
+        parts = self._recipe.accumulate
+        if parts == 1:
+            return differentiate(state.parameters, batch)
+
+        def step(total, batch):
+            return jax.tree.map(jnp.add, total, differentiate(state.parameters, batch)), None
+
+        # Every group has rows in each part.
+        batches = jax.tree.map(lambda rows: jnp.moveaxis(rows.reshape(-1, parts, rows.shape[1]), 1, 0), batch)
+        first = jax.tree.map(lambda rows: rows[0], batches)
+        shapes = jax.eval_shape(differentiate, state.parameters, first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        gradients, sums = zeros
+        total, _ = jax.lax.scan(step, (self._constrained(gradients), sums), batches)
+        return total
+
+    def _constrained(self, parameters: Parameters) -> Parameters:
+        shardings = {name: self.plan.abstract[name].sharding for name in parameters}
+        return jax.lax.with_sharding_constraint(parameters, shardings)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        def mean_loss(parameters):
-            loss, (count, usage) = self._loss(parameters, batch)
-            return loss / count, usage
-
-        (loss, usage), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.parameters)
+        count = jnp.maximum(jnp.sum(batch.targets != IGNORED), 1)
+        gradients, sums = self._gradients(state, batch, batch.targets.size if self._recipe.token_balanced else count)
         updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        for name, used in usage.items():
-            parameters[name] = balanced_bias(parameters[name], used, self._recipe.bias_update_rate)
-        parameters = jax.lax.with_sharding_constraint(parameters, self._shardings)
-        metrics = {"train_loss": loss, "gradient_norm": optax.tree.norm(gradients)}
-        if usage:
-            used = jnp.stack(list(usage.values()))
-            metrics["busiest_expert"] = jnp.max(used / used.mean(axis=1, keepdims=True))
-        return TrainState(parameters, optimizer), metrics
+        for name, used in sums.usage.items():
+            if name in parameters:
+                parameters[name] = balanced_bias(parameters[name], used, self._recipe.bias_update_rate)
+        parameters = self._constrained(parameters)
+        metrics = {"train_loss": sums.loss / count, "gradient_norm": optax.tree.norm(gradients)}
+        if sums.usage:
+            metrics |= self._routing_metrics(sums, jnp.sum(batch.segments >= 0))
+        return TrainState(parameters, optimizer, state.frozen), metrics
 
-    def _evaluate_batch(self, parameters: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        loss, (count, _) = self._loss(parameters, batch)
-        return loss, count
+    def _routing_metrics(self, sums: Sums, tokens: jax.Array) -> dict[str, jax.Array]:
+        used = jnp.stack(list(sums.usage.values()))  # [layers, E]
+        return {
+            "busiest_expert": jnp.max(used / jnp.maximum(used.mean(axis=1, keepdims=True), 1e-9)),
+            "dead_experts": jnp.sum(used == 0),
+            "router_entropy": sums.entropy / jnp.maximum(tokens * len(used), 1),
+        }
 
-
-def run(
-    recipe: Recipe, progress: bool = True, mesh: str | None = None, sharding: str | None = None
-) -> dict[str, float]:
-    """Train, or go on where an interrupted run of the same recipe last saved, and write the checkpoint.
-
-    Continuing is exact: data order depends on seed and step alone, so the weights come out bit-equal to those of a run
-    without interruption wherever the device computes the same sums twice (a GPU needs
-    XLA_FLAGS=--xla_gpu_deterministic_ops=true for that).
-
-    Args:
-      progress: show a bar with loss, tokens a second and time left.
-      mesh, sharding: as for `sharding.make_layout`, over all devices; default: one device.
-
-    Returns:
-      source -> perplexity of its held-out documents.
-
-    Raises:
-      UserError: if inputs are missing or do not fit together, or `output` holds another or a finished run.
-    """
-    source = storage_path(recipe.model)
-    config = ModelConfig.from_file(source / "config.json")
-    if recipe.sequence_length > config.max_position_embeddings:
-        raise UserError(
-            f"recipe field sequence_length is {recipe.sequence_length}: the model's max_position_embeddings is "
-            f"{config.max_position_embeddings}"
-        )
-    training, heldout, digests = load_data(recipe, config)
-    layout = make_layout(config, jax.devices(), mesh, sharding) if mesh or sharding else single()
-    trainer = Trainer(recipe, config, layout)
-    # Orbax takes no relative paths.
-    output = storage_path(recipe.output)
-    _claim(output, recipe)
-
-    state = trainer.initial_state()
-    policies = ocp.training.preservation_policies
-    with ocp.training.Checkpointer(output / "state", preservation_policy=policies.LatestN(1)) as saved:
-        start = saved.latest.step if saved.latest else 0
-        claim_data(output, digests, start)
-        if start:
-            state = saved.load(start, jax.tree.map(ocp.arrays.to_shape_dtype_struct, state))
-        heldout_columns = [f"{name}_loss" for name in heldout]
-        columns = ["step", "tokens", "seconds", "learning_rate", "train_loss", *heldout_columns]
-        metrics = Metrics(output, [*columns, "gradient_norm", "busiest_expert"], start)
-        per_step = recipe.batch_size * recipe.sequence_length
-        began = logged = time.perf_counter()
-        logged_step = start
-        with tqdm(total=recipe.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
-            for step in range(start + 1, recipe.steps + 1):
-                state, values = trainer.step(state, trainer.place(training.batch(step - 1)))
-                evaluates = step % recipe.evaluate_every == 0
-                if evaluates or step % recipe.log_every == 0 or step == recipe.steps:
-                    row = {name: float(value) for name, value in values.items()}
-                    now = time.perf_counter()
-                    rate = (step - logged_step) * per_step / (now - logged)
-                    if not math.isfinite(row["train_loss"]):
-                        raise UserError(
-                            f"the loss is {row['train_loss']} at step {step}; make learning_rate smaller and choose "
-                            "another output"
-                        )
-                    if evaluates:
-                        losses = [trainer.evaluate(state, batches) for batches in heldout.values()]
-                        row |= dict(zip(heldout_columns, losses, strict=True))
-                    row |= {"step": step, "tokens": step * per_step, "seconds": now - began}
-                    metrics.add(row | {"learning_rate": float(trainer.schedule(step - 1))})
-                    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
-                    logged, logged_step = time.perf_counter(), step
-                bar.update()
-                if step % recipe.save_every == 0 or step == recipe.steps:
-                    saved.save(step, state)
-    model = trainer.bind(state.parameters)
-    files = {name: (source / name).read_bytes() for name in checkpoint.SMALL_FILES if (source / name).exists()}
-    checkpoint.save(output / "checkpoint", model, files, source=f"trained by ernie_jax, seed {recipe.seed}")
-    return {name: math.exp(trainer.evaluate(state, batches)) for name, batches in heldout.items()}
-
-
-def _decays(name: str) -> bool:
-    """Tell whether weight decay pulls a parameter: matrices yes, norms and biases no."""
-    return name.endswith(".weight") and "norm" not in name
-
-
-def _claim(output: epath.Path, recipe: Recipe) -> None:
-    """Write down whose output this is, or check that it is this recipe's and not finished."""
-    if checkpoint.is_checkpoint(output / "checkpoint"):
-        raise UserError(f"{output}: this run is finished; choose another output or delete it")
-    file, fields = output / "recipe.json", dataclasses.asdict(recipe)
-    if file.exists():
-        stored = read_json(file)
-        if changed := [name for name in fields if stored.get(name) != fields[name]]:
-            raise UserError(
-                f"{output}: holds a run with other values of {', '.join(changed)}; choose another output or delete it"
-            )
-    if (output / "checkpoint").exists():  # interrupted while it was written
-        (output / "checkpoint").rmtree()
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(fields, indent=2) + "\n")
+    def _evaluate_batch(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        loss = self._sums(Weights(state.parameters, state.frozen), batch).loss
+        return loss, jnp.sum(batch.targets != IGNORED)

@@ -6,26 +6,62 @@ import numpy as np
 import pytest
 
 from ernie_jax.ops import embed
-from ernie_jax.train.losses import IGNORED, balanced_bias, cross_entropy, expert_usage
+from ernie_jax.train.losses import IGNORED, balanced_bias, expert_usage, routing_entropy, token_losses
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-6)])
-def test_cross_entropy_matches_float64(dtype, bound, rng):
-    logits = jnp.asarray(rng.normal(scale=5, size=(3, 17, 101)), dtype)
-    targets = rng.integers(0, 101, (3, 17))
-    targets[rng.random((3, 17)) < 0.3] = IGNORED
-    exact = np.asarray(logits, np.float64)
-    losses = np.log(np.exp(exact).sum(-1)) - np.take_along_axis(exact, np.maximum(targets, 0)[..., None], -1)[..., 0]
-    loss, count = cross_entropy(logits, jnp.asarray(targets))
-    assert count == (targets != IGNORED).sum()
-    np.testing.assert_allclose(loss, losses[targets != IGNORED].sum(), rtol=bound)
+def head_case(rng, dtype):
+    """Hidden states, a head with a bias, targets of which some are ignored; and the losses in float64."""
+    hidden = jnp.asarray(rng.normal(size=(17, 8)), dtype)
+    weight = jnp.asarray(rng.normal(size=(101, 8)), dtype)
+    bias = jnp.asarray(rng.normal(size=101), dtype)
+    targets = rng.integers(0, 101, 17)
+    targets[rng.random(17) < 0.3] = IGNORED
+    logits = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64).T + np.asarray(bias, np.float64)
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.maximum(targets, 0)[:, None], -1)[:, 0]
+    return hidden, weight, bias, jnp.asarray(targets), np.where(targets == IGNORED, 0, losses)
 
 
-def test_cross_entropy_has_no_gradient_where_ignored(rng):
-    logits = jnp.asarray(rng.normal(size=(6, 11)), jnp.float32)
-    targets = jnp.array([3, IGNORED, 0, IGNORED, 10, 5])
-    gradient = np.asarray(jax.grad(lambda x: cross_entropy(x, targets)[0])(logits))
-    assert (np.abs(gradient).sum(-1) > 0).tolist() == (np.asarray(targets) != IGNORED).tolist()
+@pytest.mark.parametrize("most_logits", [1 << 20, 505, 1])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_token_losses_match_float64(dtype, most_logits, rng):
+    *case, exact = head_case(rng, dtype)
+    losses = token_losses(*case, most_logits)
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, exact, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("most_logits", [1 << 20, 505])
+def test_gradients_of_token_losses_are_those_of_whole_logits(most_logits, rng):
+    hidden, weight, bias, targets, _ = head_case(rng, jnp.float32)
+    scale = jnp.asarray(rng.normal(size=17), jnp.float32)
+
+    def plain(hidden, weight, bias):
+        logits = hidden @ weight.T + bias
+        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], 1)[:, 0]
+        return jnp.sum(jnp.where(targets == IGNORED, 0, scale * (jax.nn.logsumexp(logits, 1) - chosen)))
+
+    expected = jax.grad(plain, (0, 1, 2))(hidden, weight, bias)
+    found = jax.grad(lambda *a: jnp.sum(scale * token_losses(*a, targets, most_logits)), (0, 1, 2))(
+        hidden, weight, bias
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert not np.asarray(found[0])[np.asarray(targets) == IGNORED].any()
+    (alone,) = jax.grad(lambda h: jnp.sum(scale * token_losses(h, weight, None, targets, most_logits)), (0,))(hidden)
+    assert alone.shape == hidden.shape
+
+
+def test_logits_are_never_held_whole():
+    tokens, vocab, width, most = 512, 4096, 16, 1 << 14
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((tokens, width), (vocab, width)))
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+    def loss(hidden, weight, targets):
+        return token_losses(hidden, weight, None, targets, most).sum()
+
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes, targets).compile()
+    weights = 3 * 4 * vocab * width  # gradient, its sum, and a copy
+    assert compiled.memory_analysis().temp_size_in_bytes < weights + 6 * 4 * most < 4 * tokens * vocab / 4
 
 
 def test_bias_moves_towards_equal_use(rng):
@@ -36,6 +72,13 @@ def test_bias_moves_towards_equal_use(rng):
     bias = rng.normal(size=8).astype(np.float32)
     expected = bias + np.float32(1e-3) * np.sign(usage.mean() - usage).astype(np.float32)
     np.testing.assert_array_equal(balanced_bias(jnp.asarray(bias), jnp.asarray(usage), 1e-3), expected)
+
+
+def test_routing_entropy(rng):
+    probabilities = rng.dirichlet(np.ones(5), 7)
+    real = rng.random(7) < 0.6
+    expected = -(probabilities * np.log(probabilities)).sum(1)[real].sum()
+    np.testing.assert_allclose(routing_entropy(jnp.asarray(probabilities), jnp.asarray(real)), expected, rtol=1e-5)
 
 
 def test_embedding_gradient_is_summed_in_float32(rng):

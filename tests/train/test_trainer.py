@@ -15,17 +15,19 @@ from flax import nnx
 from ernie_jax import checkpoint
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
-from ernie_jax.model import Backends
+from ernie_jax.model import Backends, Ernie, initialize
 from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import make_layout, single
 from ernie_jax.train import Recipe, run
-from ernie_jax.train.data import Batch, TrainingData
+from ernie_jax.train.data import IGNORED, Batch, TrainingData
 from ernie_jax.train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 END = 2
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(tiny_config) -> ModelConfig:
     """One dense and one MoE layer, quick to compile."""
     return dataclasses.replace(tiny_config, num_hidden_layers=2, moe_layer_end_index=-1)
@@ -42,7 +44,8 @@ def recipe(tmp_path, config, monkeypatch) -> Recipe:
         tokens = [[*range(start, start + 12), END] for start in starts]
         np.save(tmp_path / "data" / f"counting.{split}.npy", np.concatenate(tokens).astype(np.uint16))
     return Recipe(
-        "model", "data", {"counting": 1}, "out", steps=6, batch_size=4, sequence_length=32, learning_rate=1e-2,
+        model="model", data="data", sources={"counting": 1}, output="out",
+        steps=6, batch_size=4, sequence_length=32, learning_rate=1e-2,
         init_scale=0.1, seed=3, log_every=1, evaluate_every=2, save_every=2,
     )  # fmt: skip
 
@@ -111,7 +114,7 @@ def test_a_step_moves_biases_by_the_routers_usage_alone(recipe, config):
     tokens = rng.integers(3, 320, (4, 32)).astype(np.int32)
     positions = np.broadcast_to(np.arange(32, dtype=np.int32), (4, 32))
     batch = Batch(tokens, positions, np.zeros_like(tokens), np.roll(tokens, -1, 1))
-    model = trainer.bind(state.parameters)
+    model = trainer.bind(state)
 
     def attend(q, k, v, cache):
         return packed_attention(q, k, v, batch.segments), cache
@@ -143,6 +146,91 @@ def test_a_step_is_the_same_in_every_layout(recipe, config, rng):
     assert abs(alone - spread) < 1e-5
     for name, value in expected.items():
         np.testing.assert_allclose(parameters[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Four rows of two documents each, some targets of which are not learnt."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(3, 320, (4, 32)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(32, dtype=np.int32) % 16, (4, 32))
+    segments = np.broadcast_to(np.arange(32, dtype=np.int32) // 16, (4, 32))
+    targets = np.where(rng.random((4, 32)) < 0.3, IGNORED, np.roll(tokens, -1, 1))
+    return Batch(tokens, positions, segments, targets)
+
+
+@pytest.fixture(scope="module")
+def started(config, tmp_path_factory) -> Recipe:
+    """A recipe that starts from a converted checkpoint, float32 and a large epsilon to see little of rounding."""
+    start = tmp_path_factory.mktemp("started") / "start"
+    model = Ernie(config, jnp.float32)
+    initialize(model, single(), seed=5, scale=0.1)
+    checkpoint.save(start, model, {"config.json": json.dumps(dataclasses.asdict(config)).encode()}, "test")
+    return Recipe(
+        checkpoint=str(start), data="data", sources={"counting": 1}, output="out",
+        steps=6, batch_size=4, sequence_length=32, learning_rate=1e-2, dtype="float32", adam_epsilon=1e-3,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stepped(started, config, batch, quick_compiling):
+    """State and metrics after one step, without any of what tests change."""
+    return one_step(started, config, batch)
+
+
+def one_step(recipe, config, batch, layout=None):
+    trainer = Trainer(recipe, config, layout or single())
+    state, metrics = trainer.step(trainer.initial_state(), trainer.place(batch))
+    return jax.device_get((state, metrics))
+
+
+def test_a_checkpoint_goes_on_learning_with_its_routers_as_they_are(started, config, batch):
+    before = nnx.state(checkpoint.restore(started.checkpoint, single()))
+    before = {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(before)}
+    state, _ = one_step(dataclasses.replace(started, dtype="bfloat16"), config, batch)
+    assert set(state.frozen) == {f"layers.1.mlp.router.{name}" for name in ("weight", "correction_bias")}
+    for name, value in state.frozen.items():
+        np.testing.assert_array_equal(value, before[name])
+    assert set(state.parameters) | set(state.frozen) == set(before)
+    for name, value in state.parameters.items():
+        assert value.dtype == np.float32 and (value != before[name]).any(), name
+    some = Trainer(dataclasses.replace(started, frozen=["*.correction_bias", "embed.*"]), config, single())
+    assert set(before) - some.plan.trained == {"layers.1.mlp.router.correction_bias", "embed.weight"}
+    with pytest.raises(UserError, match="leaves no parameter"):
+        Trainer(dataclasses.replace(started, frozen=["*"]), config, single())
+
+
+@pytest.mark.parametrize("change", [{"remat": "layers", "accumulate": 4}, {"remat": "products"}])
+def test_parts_and_recomputation_change_nothing_but_rounding(started, stepped, config, batch, change):
+    state, metrics = stepped
+    other, values = one_step(dataclasses.replace(started, **change), config, batch)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(values[name], value, rtol=1e-4, err_msg=name)
+    for name, value in state.parameters.items():
+        np.testing.assert_allclose(other.parameters[name], value, atol=1e-5, err_msg=name)
+
+
+def test_token_balanced_gradients_count_all_places(started, stepped, config, batch):
+    _, metrics = stepped
+    _, balanced = one_step(dataclasses.replace(started, token_balanced=True), config, batch)
+    learnt = (batch.targets != IGNORED).mean()
+    assert math.isclose(balanced["train_loss"], metrics["train_loss"], rel_tol=1e-6)
+    assert math.isclose(balanced["gradient_norm"], metrics["gradient_norm"] * learnt, rel_tol=1e-5)
+
+
+def test_moments_are_stored_in_bfloat16(started, stepped, config, batch):
+    state, _ = stepped
+    narrow, _ = one_step(dataclasses.replace(started, moment_dtype="bfloat16"), config, batch)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow.optimizer)} == {"int32", "bfloat16"}
+    for name, value in state.parameters.items():
+        np.testing.assert_array_equal(narrow.parameters[name], value)  # the first step reads no stored moments
+
+
+def test_the_abstract_state_is_that_of_the_real_one(started, config):
+    trainer = Trainer(started, config, make_layout(config, jax.devices(), preset="expert"))
+    abstract, state = trainer.abstract_state(), trainer.initial_state()
+    described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
+    assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
 
 
 def test_batches_divide_over_the_groups(recipe, config):

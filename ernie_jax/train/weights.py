@@ -1,0 +1,105 @@
+"""The weights a run starts from: which of them it trains, and which stay as they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from ernie_jax import checkpoint
+from ernie_jax.config import ModelConfig
+from ernie_jax.errors import UserError
+from ernie_jax.model import Ernie, initialize
+from ernie_jax.paths import storage_path
+from ernie_jax.sharding import Layout, shard_abstract
+from ernie_jax.train.recipe import Recipe
+
+Parameters = dict[str, jax.Array]  # dotted path, as in model.parameter_specs
+
+
+class Weights(NamedTuple):
+    """All weights of a model: float32 masters of those that are trained, the others as the computation takes them."""
+
+    trained: Parameters
+    frozen: Parameters
+
+
+class Plan:
+    """What a recipe trains of a model.
+
+    Attributes:
+      graph, leaves: the abstract model in the recipe's dtype, as `nnx.split` and `nnx.to_flat_state` give it.
+      abstract: dotted path -> shape, dtype and sharding of each weight, of trained ones of their masters.
+      trained: names of those that are trained.
+
+    Raises:
+      UserError: if the recipe cannot train this model.
+    """
+
+    def __init__(self, recipe: Recipe, config: ModelConfig, layout: Layout):
+        if config.quantize:
+            raise UserError(
+                f"{recipe.directory}: its weights are rounded to {config.quantize}; train a checkpoint that is not"
+            )
+        self._recipe, self._config, self._layout = recipe, config, layout
+        self.graph, state = nnx.split(Ernie(config, checkpoint.parse_dtype(recipe.dtype)))
+        self.leaves = nnx.to_flat_state(state)
+        placed = flat(shard_abstract(state, layout))
+        # No objective reaches the weights of multi-token prediction: weight decay alone would move them.
+        self.trained = {name for name in placed if not recipe.freezes(name) and not name.startswith("mtp.")}
+        if not self.trained:
+            raise UserError("recipe field frozen leaves no parameter to train")
+        self.abstract = {
+            name: leaf.update(dtype=jnp.float32) if name in self.trained else leaf for name, leaf in placed.items()
+        }
+
+    def start(self) -> Weights:
+        """Read the recipe's checkpoint or draw random weights, straight into the shards of the layout."""
+        if self._recipe.checkpoint:
+            model = checkpoint.restore(self._recipe.checkpoint, self._layout, jnp.dtype(jnp.float32))
+        else:
+            model = Ernie(self._config, jnp.float32)
+            initialize(model, self._layout, self._recipe.seed, self._recipe.init_scale)
+        weights = flat(nnx.state(model))
+        trained = {name: weights.pop(name) for name in self.trained}
+        return Weights(trained, {name: weight.astype(self.abstract[name].dtype) for name, weight in weights.items()})
+
+    def bind(self, weights: Weights) -> Ernie:
+        """Return the model with these weights, rounded to the recipe's dtype; router tensors stay float32."""
+        everything = weights.trained | weights.frozen
+
+        def rounded(path, leaf):
+            return path, leaf.replace(everything[".".join(map(str, path))].astype(leaf.get_value().dtype))
+
+        return nnx.merge(self.graph, nnx.from_flat_state([rounded(path, leaf) for path, leaf in self.leaves]))
+
+
+def flat(state: nnx.State) -> dict:
+    """Map the dotted path of each parameter to its value."""
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def read_config(recipe: Recipe) -> ModelConfig:
+    """Read the config of the recipe's model.
+
+    Raises:
+      UserError: if there is none, or its positions are fewer than a row has.
+    """
+    if recipe.checkpoint:
+        config = checkpoint.read_config(recipe.checkpoint)
+    else:
+        config = ModelConfig.from_file(storage_path(recipe.model) / "config.json")
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"recipe field sequence_length is {recipe.sequence_length}: the model's max_position_embeddings is "
+            f"{config.max_position_embeddings}"
+        )
+    return config
+
+
+def small_files(directory: epath.Path) -> dict[str, bytes]:
+    """Read what makes a checkpoint self-contained beside its weights."""
+    return {name: (directory / name).read_bytes() for name in checkpoint.SMALL_FILES if (directory / name).exists()}
