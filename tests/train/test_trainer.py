@@ -80,7 +80,7 @@ def test_training_learns_and_writes_what_it_promises(recipe):
         run(recipe, progress=False)
 
 
-def test_an_interrupted_run_continues_bit_by_bit(recipe, monkeypatch):
+def test_an_interrupted_run_continues_bit_by_bit(recipe, tmp_path, monkeypatch):
     run(recipe, progress=False)
     interrupted = dataclasses.replace(recipe, output="interrupted")
     read = TrainingData.batch
@@ -95,6 +95,12 @@ def test_an_interrupted_run_continues_bit_by_bit(recipe, monkeypatch):
         run(interrupted, progress=False)
     with pytest.raises(UserError, match="other values of seed"):
         run(dataclasses.replace(interrupted, seed=4), progress=False)
+    file = tmp_path / "data" / "counting.train.npy"
+    tokens = np.load(file)
+    np.save(file, np.roll(tokens, 13))
+    with pytest.raises(UserError, match="data/counting.train.npy changed since step 4's checkpoint"):
+        run(interrupted, progress=False)
+    np.save(file, tokens)
 
     steps = []
     monkeypatch.setattr(TrainingData, "batch", lambda data, step: steps.append(step) or read(data, step))
