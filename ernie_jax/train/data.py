@@ -138,9 +138,10 @@ class _Rows:
         while begin < end:
             turn, place = divmod(begin, int(count))
             taken = min(int(count) - place, end - begin)
-            # The order of a whole turn does not matter, as all documents of an epoch are shuffled together.
-            whole = taken == count
-            order = np.arange(count) if whole else np.random.default_rng([self._seed, index, turn]).permutation(count)
+            order = np.arange(count)
+            if taken < count:  # a whole turn needs no order, as all documents of an epoch are shuffled together
+                # NumPy takes [seed, epoch], which shuffles those, for [seed, epoch, 0].
+                order = np.random.default_rng([self._seed, index, turn + 1]).permutation(count)
             found.append(first + order[place : place + taken])
             begin += taken
         return np.concatenate([np.empty(0, np.int64), *found])

@@ -165,8 +165,11 @@ def read_files(
 
 
 def _digest(path: epath.Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _fit(found: SourceFile, length: int, long_examples: str) -> SourceFile:
