@@ -30,7 +30,8 @@ COMMANDS = {
     "serve": ("serve", "serve a model over HTTP, as OpenAI's API"),
     "bench": ("bench", "measure decoding and prefill here against what the machine allows"),
     "usage": ("usage", "sum up a server's ledger: tokens and cost by API key"),
-    "train": ("train", "train a model by a recipe"),
+    "train": ("train", "train a model by a recipe, or adapters for it"),
+    "merge": ("merge", "add an adapter to the weights that it was trained on"),
 }
 
 

@@ -8,11 +8,12 @@ import math
 import time
 
 import jax
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from ernie_jax import checkpoint
+from ernie_jax import adapter, checkpoint
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
 from ernie_jax.paths import storage_path
@@ -20,8 +21,8 @@ from ernie_jax.sharding import make_layout, single
 from ernie_jax.train.data import Batch, TrainingData, heldout_batches, read_documents
 from ernie_jax.train.metrics import Metrics
 from ernie_jax.train.recipe import Recipe
-from ernie_jax.train.trainer import Trainer
-from ernie_jax.train.weights import read_config, small_files
+from ernie_jax.train.trainer import Trainer, TrainState
+from ernie_jax.train.weights import read_config
 
 
 def run(
@@ -90,14 +91,22 @@ def run(
                 bar.update()
                 if step % recipe.save_every == 0 or step == recipe.steps:
                     saved.save(step, (state.parameters, state.optimizer))
-    files = small_files(storage_path(recipe.directory))
-    checkpoint.save(output / "checkpoint", trainer.bind(state), files, source=_provenance(recipe))
+    _write_result(output, recipe, trainer, state)
     return {name: math.exp(trainer.evaluate(state, batches)) for name, batches in heldout.items()}
 
 
-def _provenance(recipe: Recipe) -> str:
+def _write_result(output: epath.Path, recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
+    """Write what was trained: the adapters, or the whole model as a checkpoint."""
+    model = trainer.bind(state)
+    if recipe.lora:
+        manifest = checkpoint.read_manifest(recipe.checkpoint) if recipe.checkpoint else {}
+        arrays = {name: np.asarray(value) for name, value in state.parameters.items()}
+        trained = adapter.Adapter(recipe.lora, adapter.identity(model, manifest), recipe.directory, arrays)
+        adapter.save(output / "adapter", trained)
+        return
     origin = f" from {recipe.checkpoint}" if recipe.checkpoint else ""
-    return f"trained by ernie_jax{origin}, seed {recipe.seed}"
+    source = f"trained by ernie_jax{origin}, seed {recipe.seed}"
+    checkpoint.save(output / "checkpoint", model, checkpoint.read_small_files(recipe.directory), source)
 
 
 def _read_data(recipe: Recipe, config: ModelConfig) -> tuple[TrainingData, dict[str, list[Batch]]]:
@@ -115,7 +124,7 @@ def _read_data(recipe: Recipe, config: ModelConfig) -> tuple[TrainingData, dict[
 
 def _claim(output: epath.Path, recipe: Recipe) -> None:
     """Write down whose output this is, or check that it is this recipe's and not finished."""
-    if checkpoint.is_checkpoint(output / "checkpoint"):
+    if checkpoint.is_checkpoint(output / "checkpoint") or adapter.is_adapter(output / "adapter"):
         raise UserError(f"{output}: this run is finished; choose another output or delete it")
     file, fields = output / "recipe.json", json.loads(json.dumps(dataclasses.asdict(recipe)))
     if file.exists():

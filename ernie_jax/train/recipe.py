@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from etils import epath
 
 from ernie_jax.errors import UserError
+from ernie_jax.model.adapters import TARGETS, LoRA
 
 _INTEGERS = ("steps", "batch_size", "sequence_length", "accumulate", "log_every", "evaluate_every", "save_every")
 _CHOICES = {
@@ -46,6 +47,11 @@ class Recipe:
         weighs the same however few of a batch are learnt.
       frozen: names of parameters that stay as they are, with * for any letters; default: with a checkpoint the routers,
         else none.
+      lora_rank: with a rank, adapters of it are trained and all else is frozen; 0 trains the weights themselves.
+      lora_alpha: an adapter counts lora_alpha / lora_rank times.
+      lora_rank_stabilised: lora_alpha / sqrt(lora_rank) times instead (rsLoRA).
+      lora_plus: what the learning rate of the adapters' second matrices is multiplied by (LoRA+).
+      lora_targets: which linear layers get adapters: attention, dense, shared, routed.
       bias_update_rate: step of the routers' correction bias towards equal use of the experts, unless it is frozen.
       remat: what a step computes again instead of keeping it: "none"; "products": all but matrix products; "layers":
         all but what goes from layer to layer.
@@ -79,6 +85,11 @@ class Recipe:
     gradient_clip: float = 1.0
     token_balanced: bool = False
     frozen: Sequence[str] | None = None
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    lora_rank_stabilised: bool = False
+    lora_plus: float = 1.0
+    lora_targets: Sequence[str] = TARGETS
     init_scale: float = 0.02
     bias_update_rate: float = 1e-3
     remat: str = "none"
@@ -113,6 +124,8 @@ class Recipe:
             raise UserError(
                 f"recipe field batch_size is {self.batch_size}: it must be a multiple of accumulate, {self.accumulate}"
             )
+        if self.lora_rank:
+            _ = self.lora  # which checks its fields
         if not 0 <= self.warmup_steps < self.steps:
             raise UserError(f"recipe field warmup_steps is {self.warmup_steps}: it must be from 0 to below steps")
         if not self.sources or not all(type(times) is int and times > 0 for times in self.sources.values()):
@@ -121,6 +134,13 @@ class Recipe:
             raise UserError(
                 f"recipe field decay_steps is {self.decay_steps}: it must be from 0 to steps less warmup_steps"
             )
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters that are trained; None where the weights themselves are."""
+        if not self.lora_rank:
+            return None
+        return LoRA(self.lora_rank, self.lora_alpha, self.lora_rank_stabilised, tuple(self.lora_targets))
 
     @property
     def directory(self) -> str:

@@ -14,6 +14,7 @@ import optax
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 from ernie_jax.model import Backends, Ernie
+from ernie_jax.model.adapters import UP
 from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, packed_attention
 from ernie_jax.sharding import Layout
 from ernie_jax.train.data import Batch
@@ -79,7 +80,8 @@ class Trainer:
         self.plan = Plan(recipe, config, layout)
         self._biases = [f"layers.{i}.mlp.router.correction_bias" for i in config.moe_layers]
         self.schedule = make_schedule(recipe)
-        self._optimizer = make_optimizer(recipe, self.schedule, {})
+        ups = [name for name in self.plan.trained if name.endswith(UP)]
+        self._optimizer = make_optimizer(recipe, self.schedule, dict.fromkeys(ups, recipe.lora_plus))
         self.step = jax.jit(self._step, donate_argnums=0)
         self.evaluate_batch = jax.jit(self._evaluate_batch)
 
