@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from ernie_jax import checkpoint
 from ernie_jax.config import read_json
 from ernie_jax.errors import UserError
+from ernie_jax.lora import LoRA
 from ernie_jax.model import Ernie
-from ernie_jax.model.adapters import DOWN, UP, LoRA, add, axes, declare, targeted
+from ernie_jax.model.adapters import DOWN, UP, add, axes, declare, targeted
 from ernie_jax.paths import storage_path
 from ernie_jax.sharding import Layout, single
 

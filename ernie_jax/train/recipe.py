@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from etils import epath
 
 from ernie_jax.errors import UserError
-from ernie_jax.model.adapters import TARGETS, LoRA
+from ernie_jax.lora import TARGETS, LoRA
 
-_INTEGERS = ("steps", "batch_size", "sequence_length", "accumulate", "log_every", "evaluate_every", "save_every")
+_POSITIVE = ("steps", "batch_size", "sequence_length", "accumulate", "log_every", "evaluate_every", "save_every")
+_POSITIVE += ("keep_last", "sample_tokens")
 _CHOICES = {
     "schedule": ("cosine", "wsd"),
     "decay": ("half_life", "1-sqrt"),
@@ -35,7 +36,8 @@ class Recipe:
       data: directory with SOURCE.train.npy and SOURCE.heldout.npy: token ids, each document closed by the end token,
         and perhaps with SOURCE.train.learnt.npy and SOURCE.heldout.learnt.npy: which of them are to be predicted.
       sources: name -> how often an epoch shows its documents.
-      output: directory of the run: state/ to resume from, metrics.csv, curve.svg, and at the end checkpoint/.
+      output: directory of the run: state/ to resume from, metrics.jsonl, curve.svg, samples.jsonl, and at the end
+        checkpoint/ or adapter/.
       batch_size: rows of `sequence_length` tokens in a step.
       accumulate: in how many parts, one after the other, a step computes its gradient.
       learning_rate: at the end of a linear warm-up; from there the schedule leads to `final_learning_rate`.
@@ -53,6 +55,12 @@ class Recipe:
       lora_plus: what the learning rate of the adapters' second matrices is multiplied by (LoRA+).
       lora_targets: which linear layers get adapters: attention, dense, shared, routed.
       bias_update_rate: step of the routers' correction bias towards equal use of the experts, unless it is frozen.
+      log_every, evaluate_every, save_every: steps between rows of metrics.jsonl, between measures of the held-out loss,
+        and between saves.
+      keep_last: how many saves are kept.
+      keep_every: those of multiples of so many steps are kept too; 0 keeps none.
+      loss_spike: stop where a step's loss exceeds the mean of those before it by so many nats; 0 never stops.
+      sample_prompts: texts that are continued greedily, by sample_tokens tokens, when the held-out loss is measured.
       remat: what a step computes again instead of keeping it: "none"; "products": all but matrix products; "layers":
         all but what goes from layer to layer.
       dtype: of the computation and of the result; master weights are float32.
@@ -99,6 +107,11 @@ class Recipe:
     log_every: int = 20
     evaluate_every: int = 200
     save_every: int = 500
+    keep_last: int = 1
+    keep_every: int = 0
+    loss_spike: float = 5.0
+    sample_prompts: Sequence[str] = ()
+    sample_tokens: int = 64
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -109,7 +122,7 @@ class Recipe:
                 raise UserError(f"recipe field {field.name} must be {_describe(kind)}, found {value!r}")
             if kind == "float" and not 0 <= value < float("inf"):
                 raise UserError(f"recipe field {field.name} is {value}: it must be a number from 0 up")
-        for name in _INTEGERS:
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe field {name} is {getattr(self, name)}: it must be at least 1")
         for name, choices in _CHOICES.items():

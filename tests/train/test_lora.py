@@ -13,8 +13,9 @@ from ernie_jax import adapter, checkpoint
 from ernie_jax.cli import main
 from ernie_jax.errors import UserError
 from ernie_jax.llm import LLM
+from ernie_jax.lora import TARGETS
 from ernie_jax.model import Ernie, initialize
-from ernie_jax.model.adapters import TARGETS, add
+from ernie_jax.model.adapters import add
 from ernie_jax.ops import Adapted, dequantize, einsum, quantize
 from ernie_jax.sharding import single
 from ernie_jax.train import run
