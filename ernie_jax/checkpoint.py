@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
@@ -136,19 +136,41 @@ def restore(
     return model
 
 
-def save(directory: str | os.PathLike, model: Ernie, small_files: dict[str, bytes], source: str) -> None:
+def read_small_files(directory: str | os.PathLike) -> dict[str, bytes]:
+    """Read those SMALL_FILES that a directory has."""
+    directory = storage_path(directory)
+    return {name: (directory / name).read_bytes() for name in SMALL_FILES if (directory / name).exists()}
+
+
+def check_empty(directory: epath.Path) -> None:
+    """Check that a checkpoint can be written to a directory.
+
+    Raises:
+      UserError: if it exists and is not empty.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory}: exists and is not empty; choose another directory or delete it")
+
+
+def save(
+    directory: str | os.PathLike,
+    model: Ernie,
+    small_files: dict[str, bytes],
+    source: str,
+    merged: Sequence[str] = (),
+) -> None:
     """Write a model as a finished checkpoint; the manifest comes last.
 
     Args:
       small_files: contents of config.json, which must be there, and of other SMALL_FILES.
       source: where the weights come from, for the manifest.
+      merged: digests of the adapters that were added to them.
 
     Raises:
       UserError: if the directory exists and is not empty.
     """
     directory = storage_path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"{directory}: exists and is not empty; choose another directory or delete it")
+    check_empty(directory)
     directory.mkdir(parents=True, exist_ok=True)
     flat = {tuple(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
     context = ocp.Context()
@@ -166,6 +188,7 @@ def save(directory: str | os.PathLike, model: Ernie, small_files: dict[str, byte
         "dtype": str(flat["embed", "weight"].dtype),
         "quantize": model.config.quantize,
         "num_nextn_predict_layers": model.config.num_nextn_predict_layers,
+        "merged": list(merged),
         "parameters": {
             ".".join(path): {"shape": list(x.shape), "dtype": str(x.dtype), "bytes": _nbytes(x)}
             for path, x in flat.items()

@@ -91,3 +91,22 @@ CHIPS: Mapping[str, Chip] = types.MappingProxyType({
         _gpu("b200", "NVIDIA B200", 180e9, 8e12, 2250e12, 4500e12, 900e9),
     )
 })  # fmt: skip
+
+
+_TPU_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v4": "v4",
+    "TPU7x": "tpu7x",
+}
+
+
+def find(device_kind: str) -> Chip | None:
+    """Return the chip that JAX calls so, if it is a known one."""
+    if device_kind in _TPU_KINDS:
+        return CHIPS[_TPU_KINDS[device_kind]]
+    if "A100" in device_kind:
+        return CHIPS["a100-80" if "80" in device_kind else "a100-40"]
+    return next((chip for chip in CHIPS.values() if chip.platform == "gpu" and chip.title in device_kind), None)

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from ernie_jax import adapter as adapters
 from ernie_jax import checkpoint
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.engine import Engine, EngineOptions, FinishReason, SamplingParams, TokenEvent
@@ -112,6 +113,7 @@ class LLM:
         progress: bool = False,
         mesh: str | None = None,
         sharding: str | None = None,
+        adapter: str | os.PathLike | None = None,
         **options: Any,
     ) -> LLM:
         """Load a converted checkpoint, local or gs://, onto all accelerators, or one CPU.
@@ -121,17 +123,27 @@ class LLM:
           sharding: a name of sharding.PRESETS; default: by the model and the number of devices.
           dtype: of weights and cache, bfloat16, float32 or float16; default: the checkpoint's. Routers stay float32.
           progress: show a bar while restoring.
+          adapter: directory of an adapter that was trained on this model. It is added to the weights in memory; weights
+            in int8 stay as they are, and it is computed beside them.
           **options: fields of EngineOptions, such as cache_tokens and max_sequences.
 
         Raises:
-          UserError: if the directory is no converted checkpoint (nothing is converted here), or does not fit.
+          UserError: if the directory is no converted checkpoint (nothing is converted here), or does not fit, or the
+            adapter is for another model.
         """
         directory, options = storage_path(directory), EngineOptions(**options)
         weights = checkpoint.parse_dtype(dtype or checkpoint.read_manifest(directory)["dtype"])
         config = checkpoint.read_config(directory)
         layout = choose_layout(config, mesh, sharding)
         _check_weights_fit(config, weights, layout, layout.mesh.local_devices)
+        trained = adapters.load(adapter) if adapter else None
         model = checkpoint.restore(directory, layout, weights, progress)
+        if trained:
+            adapters.check(trained, model, checkpoint.read_manifest(directory), str(adapter))
+            if config.quantize:
+                adapters.attach(model, trained, layout, weights)
+            else:
+                adapters.merge(model, trained, layout)
         return cls(model, layout, directory, options)
 
     @classmethod

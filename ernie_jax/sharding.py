@@ -34,7 +34,7 @@ Table = Mapping[str, tuple[str, ...]]
 # Every logical axis has an entry, the empty one included: a name without one is an error, not a replicated axis.
 _PARAMETER_AXES = (
     *("vocab", "embed", "embed_pair", "kv_head", "group_head", "head_dim"),
-    *("gate_up", "mlp", "expert", "expert_mlp", "expert_score"),
+    *("gate_up", "mlp", "expert", "expert_mlp", "expert_score", "rank"),
 )
 _REPLICATED = dict.fromkeys((*_PARAMETER_AXES, "group", "page", "token"), ())
 _SHARDED = MappingProxyType(

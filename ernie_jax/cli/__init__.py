@@ -31,7 +31,8 @@ COMMANDS = {
     "bench": ("bench", "measure decoding and prefill here against what the machine allows"),
     "usage": ("usage", "sum up a server's ledger: tokens and cost by API key"),
     "data": ("data", "show what a recipe trains on, and every line that is bad"),
-    "train": ("train", "train a model by a recipe"),
+    "train": ("train", "train a model by a recipe, or adapters for it"),
+    "merge": ("merge", "add an adapter to the weights that it was trained on"),
 }
 
 

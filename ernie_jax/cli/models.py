@@ -56,6 +56,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
+    flags.DEFINE_string("adapter", None, "an adapter that was trained on the model (main.py train)", flag_values=values)
     flags.DEFINE_bool("random_weights", False, "draw weights instead of loading them", flag_values=values)
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
     flags.DEFINE_string("quantize", None, "int8: draw --random_weights in this form", flag_values=values)
@@ -127,6 +128,8 @@ def load(values: flags.FlagValues, **options):
     names = ("cache_tokens", "max_sequences", "prefill_chunk")
     options = {name: values[name].value for name in names if name in values} | options
     options |= _backends(values.ops) | {"mesh": values.mesh, "sharding": values.sharding}
+    if values.adapter and (values.random_weights or values.model in presets()):
+        raise UserError("--adapter goes with a model that has weights")
     if values.model in presets():
         if not values.random_weights:
             raise UserError(
@@ -147,7 +150,7 @@ def load(values: flags.FlagValues, **options):
         )
     else:
         directory = checkpoint_directory(values.model, values.revision)
-        llm = LLM.load(directory, values.dtype, progress=distributed.is_primary(), **options)
+        llm = LLM.load(directory, values.dtype, progress=distributed.is_primary(), adapter=values.adapter, **options)
     distributed.say(llm.describe())
     return llm
 

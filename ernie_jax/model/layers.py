@@ -16,6 +16,7 @@ from flax import nnx
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.ops import (
+    Adapted,
     PagedAttention,
     Quantized,
     attention_half,
@@ -107,7 +108,8 @@ ALL_ROWS = GroupRows()
 class Linear(nnx.Module):
     """An affine map between named axes; the weight is [*out, *in].
 
-    A quantised one has beside its `weight`, then int8, a `scale` [*out].
+    A quantised one has beside its `weight`, then int8, a `scale` [*out]. One with an adapter (see `adapters`) has a
+    `lora_a` and a `lora_b` as well.
     """
 
     def __init__(
@@ -124,9 +126,15 @@ class Linear(nnx.Module):
             self.bias = parameter(tuple(out.values()), tuple(out), dtype, "zeros")
 
     @property
-    def kernel(self) -> jax.Array | Quantized:
+    def kernel(self) -> jax.Array | Quantized | Adapted:
         """The weight as ops take it."""
-        return Quantized(self.weight[...], self.scale[...]) if hasattr(self, "scale") else self.weight[...]
+        weight = Quantized(self.weight[...], self.scale[...]) if hasattr(self, "scale") else self.weight[...]
+        return Adapted(weight, self.lora_a[...], self.lora_b[...]) if self.adapted else weight
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter beside the weight, which only XLA's backends take."""
+        return hasattr(self, "lora_a")
 
     def __call__(
         self, subscripts: str, x: jax.Array, backends: Backends = DEFAULT_BACKENDS, summed_over: jax.Array | int = 0
@@ -135,7 +143,7 @@ class Linear(nnx.Module):
         weight, bias = self.kernel, None
         if hasattr(self, "bias"):
             bias = jnp.where(summed_over == 0, self.bias[...], 0)
-        backend = backends.linear
+        backend = "xla" if self.adapted else backends.linear
         if backend is None:
             inner = math.prod(weight.shape[-self.inputs :])
             shape = x.size // inner, inner, weight.size // inner, weight.dtype
@@ -212,6 +220,8 @@ class Attention(nnx.Module):
         if not (backends.takes_halves and isinstance(attend, PagedAttention) and attend.backend == "cuda"):
             return None
         qkv, out = self.qkv.weight[...], self.out.weight[...]
+        if self.qkv.adapted or self.out.adapted:
+            return None
         if hasattr(self.qkv, "bias") or attention_half_problem(x, qkv, cache, attend.batch):
             return None
         return attention_half(x, norm.weight[...], norm.epsilon, qkv, out, angles, cache, attend.batch, residual)
@@ -295,6 +305,8 @@ class Experts(nnx.Module):
         first = shard.index("expert") * local
 
         def choose(tokens):
+            if self.gate_up.adapted or self.down.adapted:
+                return default_expert_backend(tokens, k, "cpu", local, self.count)
             shape = (tokens, k, backends.platform, local, self.count)
             return backends.experts or default_expert_backend(*shape, *down.shape[1:], down.dtype)
 
@@ -320,7 +332,7 @@ class Experts(nnx.Module):
                 backend=backends.exchange,
             )
             return add_shared(y)
-        if shared is not None and not shared.biased:
+        if shared is not None and not (shared.biased or shared.gate_up.adapted or shared.down.adapted):
             along = shared.gate_up.kernel, shared.down.kernel
             if takes_shared(choose(len(x)), len(x), down.shape[-1], along[1].shape[-1]):
                 return compute(x, experts, weights, along, live)
@@ -361,7 +373,10 @@ class MoE(nnx.Module):
         self, x: jax.Array, norm: RMSNorm, shard: Shard, residual: bool, backends: Backends
     ) -> tuple[jax.Array, Routing] | None:
         """Do `norm`, this and the addition of x, if `residual`, in one call; None if there is none for this step."""
-        if not backends.takes_halves or shard.exchanges:
+        linears = [self.experts.gate_up, self.experts.down]
+        if hasattr(self, "shared"):
+            linears += [self.shared.gate_up, self.shared.down]
+        if not backends.takes_halves or shard.exchanges or any(linear.adapted for linear in linears):
             return None
         gate_up, down = self.experts.gate_up.weight[...], self.experts.down.weight[...]
         router, shared = self.router, None

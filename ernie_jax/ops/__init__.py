@@ -1,5 +1,6 @@
 """Ops: one contract, one pure-XLA reference and named backends each."""
 
+from ernie_jax.ops.adapted import Adapted
 from ernie_jax.ops.attention import (
     ATTENTION_BACKENDS,
     PagedAttention,
@@ -43,6 +44,7 @@ __all__ = [
     "HALVES",
     "LINEAR_BACKENDS",
     "ROUTER_BACKENDS",
+    "Adapted",
     "PagedAttention",
     "Quantized",
     "RaggedBatch",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ernie_jax.ops import stream
+from ernie_jax.ops.adapted import Adapted
 from ernie_jax.ops.quantized import Quantized, check_takes_quantized
 from ernie_jax.ops.stream import linear_problem
 
@@ -19,8 +20,14 @@ def precision_of(*operands: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if all(x.dtype == jnp.float32 for x in operands) else None
 
 
-def einsum(subscripts: str, x: jax.Array, y: jax.Array | Quantized, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def einsum(
+    subscripts: str, x: jax.Array, y: jax.Array | Quantized | Adapted, out_dtype: jnp.dtype | None = None
+) -> jax.Array:
     """Contract two arrays, accumulating in float32 and rounding once to `out_dtype` (default: that of `x`)."""
+    if isinstance(y, Adapted):
+        first, second = y.low_rank(subscripts)
+        more = einsum(second, einsum(first, x, y.down), y.up, jnp.float32)
+        return (einsum(subscripts, x, y.weight, jnp.float32) + more).astype(out_dtype or x.dtype)
     if isinstance(y, Quantized):
         inputs, output = subscripts.split("->")
         channels = inputs.split(",")[1][: y.scales.ndim]
@@ -33,7 +40,11 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array | Quantized, out_dtype: j
 
 
 def linear(
-    subscripts: str, x: jax.Array, weight: jax.Array | Quantized, bias: jax.Array | None = None, backend: str = "xla"
+    subscripts: str,
+    x: jax.Array,
+    weight: jax.Array | Quantized | Adapted,
+    bias: jax.Array | None = None,
+    backend: str = "xla",
 ) -> jax.Array:
     """Contract the last axes of x with those of the weight [*out, *in] and add a bias; round to the dtype of `x`.
 
@@ -55,6 +66,8 @@ def default_linear_backend(platform: str, tokens: int, inner: int, outer: int, d
 
 def _xla(subscripts, x, weight, bias):
     def product(x, w):
+        if isinstance(w, Adapted):
+            return product(x, w.weight) + einsum("tr,or->to", einsum("td,rd->tr", x, w.down), w.up, jnp.float32)
         if isinstance(w, Quantized):
             return einsum("td,od->to", x, w, jnp.float32)
         # Of many tokens the product itself rounds its sums: where it is float32, cuBLAS writes that, and another kernel
@@ -76,7 +89,7 @@ def _product(subscripts, x, weight, product):
     inputs, outputs = subscripts.split("->")
     contracted = len(set(inputs.split(",")[1]) - set(outputs))
     inner = math.prod(weight.shape[-contracted:])
-    matrix = weight.as_matrix(inner) if isinstance(weight, Quantized) else weight.reshape(-1, inner)
+    matrix = weight.as_matrix(inner) if isinstance(weight, Quantized | Adapted) else weight.reshape(-1, inner)
     out = product(x.reshape(-1, inner), matrix)
     return out.reshape(*x.shape[:-contracted], *weight.shape[:-contracted])
 

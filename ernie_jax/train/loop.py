@@ -8,11 +8,12 @@ import math
 import time
 
 import jax
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from ernie_jax import checkpoint
+from ernie_jax import adapter, checkpoint
 from ernie_jax.config import read_json
 from ernie_jax.errors import UserError
 from ernie_jax.paths import storage_path
@@ -20,28 +21,33 @@ from ernie_jax.sharding import make_layout, single
 from ernie_jax.train.data import claim_data, load_data
 from ernie_jax.train.metrics import Metrics
 from ernie_jax.train.recipe import Recipe
-from ernie_jax.train.trainer import Trainer
-from ernie_jax.train.weights import read_config, small_files
+from ernie_jax.train.samples import Samples
+from ernie_jax.train.trainer import Trainer, TrainState
+from ernie_jax.train.watch import Guard, Interrupts, Pace, describe
+from ernie_jax.train.weights import read_config
 
 
 def run(
     recipe: Recipe, progress: bool = True, mesh: str | None = None, sharding: str | None = None
 ) -> dict[str, float]:
-    """Train, or go on where an interrupted run of the same recipe last saved, and write the checkpoint.
+    """Train, or go on where an interrupted run of the same recipe last saved, and write what was trained.
 
     Continuing is exact: data order depends on seed and step alone, so the weights come out bit-equal to those of a run
     without interruption wherever the device computes the same sums twice (a GPU needs
-    XLA_FLAGS=--xla_gpu_deterministic_ops=true for that).
+    XLA_FLAGS=--xla_gpu_deterministic_ops=true for that). SIGTERM and Ctrl-C save before they end the run.
 
     Args:
       progress: show a bar with loss, tokens a second and time left.
-      mesh, sharding: as for `sharding.make_layout`, over all devices; default: one device.
+      mesh, sharding: as for `sharding.make_layout`, over all devices; default: one device. A run may go on in another
+        layout, and then is equal within rounding.
 
     Returns:
       source -> perplexity of its held-out documents.
 
     Raises:
-      UserError: if inputs are missing or do not fit together, or `output` holds another or a finished run.
+      UserError: if inputs are missing or do not fit together, `output` holds another or a finished run, or a loss is
+        not finite or jumps up.
+      KeyboardInterrupt: after a signal to end, when the state is saved.
     """
     config = read_config(recipe)
     training, heldout, digests = load_data(recipe, config)
@@ -51,59 +57,112 @@ def run(
     output = storage_path(recipe.output)
     _claim(output, recipe)
 
-    policies = ocp.training.preservation_policies
-    with ocp.training.Checkpointer(output / "state", preservation_policy=policies.LatestN(1)) as saved:
-        start = saved.latest.step if saved.latest else 0
+    with _Saves(output / "state", recipe) as saves, Interrupts() as interrupts:
+        start, state = saves.restore(trainer)
         claim_data(output, digests, start)
-        state = trainer.initial_state()
-        if start:
-            frozen, abstract = state.frozen, trainer.abstract_state()
-            del state  # the weights that the run started from
-            parameters, optimizer = saved.load(start, (abstract.parameters, abstract.optimizer))
-            state = abstract._replace(parameters=parameters, optimizer=optimizer, frozen=frozen)
-        heldout_columns = [f"{name}_loss" for name in heldout]
-        columns = ["step", "tokens", "seconds", "learning_rate", "train_loss", *heldout_columns]
-        more = ["gradient_norm", "busiest_expert", "dead_experts", "router_entropy"]
-        metrics = Metrics(output, [*columns, *more], start)
-        per_step = recipe.batch_size * recipe.sequence_length
-        began = logged = time.perf_counter()
-        logged_step = start
+        samples = Samples(recipe, trainer, output, start) if recipe.sample_prompts else None
+        metrics = Metrics(output, start)
+        guard = Guard(recipe.loss_spike, output, lambda step: training.batch(step - 1))
+        sizes = {name: leaf.size for name, leaf in trainer.plan.abstract.items()}
+        pace = Pace(config, layout, sizes, adapters=recipe.lora is not None)
+        began = time.perf_counter()
         with tqdm(total=recipe.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
             for step in range(start + 1, recipe.steps + 1):
-                state, values = trainer.step(state, trainer.place(training.batch(step - 1)))
-                evaluates = step % recipe.evaluate_every == 0
-                if evaluates or step % recipe.log_every == 0 or step == recipe.steps:
-                    row = {name: float(value) for name, value in values.items()}
-                    now = time.perf_counter()
-                    rate = (step - logged_step) * per_step / (now - logged)
-                    if not math.isfinite(row["train_loss"]):
-                        raise UserError(
-                            f"the loss is {row['train_loss']} at step {step}; make learning_rate smaller and choose "
-                            "another output"
-                        )
+                batch = training.batch(step - 1)
+                state, values = trainer.step(state, trainer.place(batch))
+                pace.count(batch)
+                guard.follow(step, values)
+                last = step == recipe.steps
+                evaluates = last or step % recipe.evaluate_every == 0
+                if logs := evaluates or step % recipe.log_every == 0:
+                    guard.settle()
+                    row = {"step": step, "tokens": step * batch.tokens.size, "seconds": time.perf_counter() - began}
+                    row |= {"learning_rate": float(trainer.schedule(step - 1))}
+                    row |= {name: float(value) for name, value in values.items() if not value.shape}
+                    row |= pace.measure()
                     if evaluates:
-                        losses = [trainer.evaluate(state, batches) for batches in heldout.values()]
-                        row |= dict(zip(heldout_columns, losses, strict=True))
-                    row |= {"step": step, "tokens": step * per_step, "seconds": now - began}
-                    metrics.add(row | {"learning_rate": float(trainer.schedule(step - 1))})
-                    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
-                    logged, logged_step = time.perf_counter(), step
+                        row |= {f"{name}_loss": trainer.evaluate(state, held) for name, held in heldout.items()}
+                        row |= {name: value.tolist() for name, value in values.items() if value.shape}
+                    metrics.add(row)
+                    bar.set_postfix_str(describe(row), refresh=False)
+                if evaluates:
+                    metrics.draw()
+                    if samples:
+                        for prompt, text in zip(recipe.sample_prompts, samples.write(step, state), strict=True):
+                            bar.write(f"{prompt!r} -> {text!r}")
                 bar.update()
-                if step % recipe.save_every == 0 or step == recipe.steps:
-                    saved.save(step, (state.parameters, state.optimizer))
-    files = small_files(storage_path(recipe.directory))
-    checkpoint.save(output / "checkpoint", trainer.bind(state), files, source=_provenance(recipe))
-    return {name: math.exp(trainer.evaluate(state, batches)) for name, batches in heldout.items()}
+                if last or interrupts.heard or step % recipe.save_every == 0:
+                    guard.settle()
+                    saves.save(step, state)
+                    if interrupts.heard and not last:
+                        saves.finish()
+                        bar.write(f"saved step {step}; the same command goes on from there")
+                        raise KeyboardInterrupt
+                if logs:
+                    pace.restart()
+        saves.finish()
+    _write_result(output, recipe, trainer, state)
+    return {name: math.exp(row[f"{name}_loss"]) for name in heldout}
 
 
-def _provenance(recipe: Recipe) -> str:
+class _Saves:
+    """The states of a run on disk, written while it goes on; those that are no longer kept are deleted."""
+
+    def __init__(self, directory: epath.Path, recipe: Recipe):
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(recipe.keep_last)]
+        if recipe.keep_every:
+            keep.append(policies.EveryNSteps(recipe.keep_every))
+        self._checkpointer = ocp.training.Checkpointer(
+            directory, preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+        )
+        self._writing = None
+
+    def __enter__(self) -> _Saves:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._checkpointer.close()
+
+    def restore(self, trainer: Trainer) -> tuple[int, TrainState]:
+        """Return the last step that was saved and the state after it; 0 and the first state if there is none."""
+        state, latest = trainer.initial_state(), self._checkpointer.latest
+        if latest is None:
+            return 0, state
+        frozen, abstract = state.frozen, trainer.abstract_state()
+        del state  # the weights that the run started from: there may be no room for both
+        parameters, optimizer = self._checkpointer.load(latest.step, (abstract.parameters, abstract.optimizer))
+        return latest.step, TrainState(parameters, optimizer, frozen)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Copy a state to the host and write it from there, in the background, once the one before it is written."""
+        self.finish()
+        self._writing = self._checkpointer.save_async(step, (state.parameters, state.optimizer))
+
+    def finish(self) -> None:
+        """Wait until the last state is written; raises what went wrong with it."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+
+def _write_result(output: epath.Path, recipe: Recipe, trainer: Trainer, state: TrainState) -> None:
+    """Write what was trained: the adapters, or the whole model as a checkpoint."""
+    model = trainer.bind(state)
+    if recipe.lora:
+        manifest = checkpoint.read_manifest(recipe.checkpoint) if recipe.checkpoint else {}
+        arrays = {name: np.asarray(value) for name, value in state.parameters.items()}
+        trained = adapter.Adapter(recipe.lora, adapter.identity(model, manifest), recipe.directory, arrays)
+        adapter.save(output / "adapter", trained)
+        return
     origin = f" from {recipe.checkpoint}" if recipe.checkpoint else ""
-    return f"trained by ernie_jax{origin}, seed {recipe.seed}"
+    source = f"trained by ernie_jax{origin}, seed {recipe.seed}"
+    checkpoint.save(output / "checkpoint", model, checkpoint.read_small_files(recipe.directory), source)
 
 
 def _claim(output: epath.Path, recipe: Recipe) -> None:
     """Write down whose output this is, or check that it is this recipe's and not finished."""
-    if checkpoint.is_checkpoint(output / "checkpoint"):
+    if checkpoint.is_checkpoint(output / "checkpoint") or adapter.is_adapter(output / "adapter"):
         raise UserError(f"{output}: this run is finished; choose another output or delete it")
     file, fields = output / "recipe.json", json.loads(json.dumps(dataclasses.asdict(recipe)))
     if file.exists():

@@ -1,44 +1,52 @@
-"""The record of a run: metrics.csv, and curve.svg to look at."""
+"""The record of a run: metrics.jsonl, and curve.svg to look at."""
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import math
 import os
 
 from etils import epath
+
+from ernie_jax.paths import is_local
 
 _WIDTH, _HEIGHT, _MARGIN = 720, 400, 48
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
 class Metrics:
-    """Rows of named numbers, one a logged step, kept in two files that are rewritten whole.
+    """Rows of named numbers, one a logged step.
 
     A resumed run drops the rows after the step it resumes from.
     """
 
-    def __init__(self, directory: str | os.PathLike, columns: list[str], resumed_step: int):
-        self._directory, self._columns = epath.Path(directory), columns
-        self._rows: list[dict[str, float]] = []
-        file = self._directory / "metrics.csv"
-        if resumed_step and file.exists():
-            rows = csv.DictReader(io.StringIO(file.read_text()))
-            parsed = ({name: float(value) for name, value in row.items() if value} for row in rows)
-            self._rows = [row for row in parsed if row["step"] <= resumed_step]
+    def __init__(self, directory: str | os.PathLike, resumed_step: int):
+        self._directory = epath.Path(directory)
+        self._rows: list[dict] = []
+        self._file = self._directory / "metrics.jsonl"
+        if resumed_step and self._file.exists():
+            rows = map(json.loads, self._file.read_text().splitlines())
+            self._rows = [row for row in rows if row["step"] <= resumed_step]
+        self._rewrite()
 
-    def add(self, row: dict[str, float]) -> None:
-        """Append a row and write both files."""
+    def add(self, row: dict) -> None:
+        """Append a row."""
         self._rows.append(row)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in self._rows)
-        (self._directory / "metrics.csv").write_text(text.getvalue())
-        losses = [name for name in self._columns if name.endswith("loss")]
-        series = {name: [(r["step"], r[name]) for r in self._rows if name in r] for name in losses}
-        (self._directory / "curve.svg").write_text(draw(series))
+        if is_local(self._file):
+            with self._file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        else:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        self._file.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+
+    def draw(self) -> None:
+        """Write the curves of all losses."""
+        names = dict.fromkeys(name for row in self._rows for name in row if name.endswith("loss"))
+        series = {name: [(row["step"], row[name]) for row in self._rows if name in row] for name in names}
+        if series:
+            (self._directory / "curve.svg").write_text(draw(series))
 
 
 def draw(series: dict[str, list[tuple[float, float]]]) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 from etils import epath
 
 from ernie_jax.errors import UserError
+from ernie_jax.lora import TARGETS, LoRA
 from ernie_jax.train.sources import LONG_EXAMPLES, read_sources
 
-_INTEGERS = ("steps", "batch_size", "sequence_length", "accumulate", "log_every", "evaluate_every", "save_every")
+_POSITIVE = ("steps", "batch_size", "sequence_length", "accumulate", "log_every", "evaluate_every", "save_every")
+_POSITIVE += ("keep_last", "sample_tokens")
 _CHOICES = {
     "long_examples": LONG_EXAMPLES,
     "schedule": ("cosine", "wsd"),
@@ -37,7 +39,8 @@ class Recipe:
       data: directory of the sources' files.
       sources: name -> the fields of a sources.Source; or only its `times`, of token ids in NAME.train.npy and
         NAME.heldout.npy.
-      output: directory of the run: state/ to resume from, metrics.csv, curve.svg, and at the end checkpoint/.
+      output: directory of the run: state/ to resume from, metrics.jsonl, curve.svg, samples.jsonl, and at the end
+        checkpoint/ or adapter/.
       batch_size: rows of `sequence_length` tokens in a step.
       long_examples: what becomes of examples longer than a row, of which only a part is learnt.
       skip_bad_lines: leave out the lines of the data that can't be learnt from, instead of refusing to start.
@@ -51,7 +54,18 @@ class Recipe:
         weighs the same however few of a batch are learnt.
       frozen: names of parameters that stay as they are, with * for any letters; default: with a checkpoint the routers,
         else none.
+      lora_rank: with a rank, adapters of it are trained and all else is frozen; 0 trains the weights themselves.
+      lora_alpha: an adapter counts lora_alpha / lora_rank times.
+      lora_rank_stabilised: lora_alpha / sqrt(lora_rank) times instead (rsLoRA).
+      lora_plus: what the learning rate of the adapters' second matrices is multiplied by (LoRA+).
+      lora_targets: which linear layers get adapters: attention, dense, shared, routed.
       bias_update_rate: step of the routers' correction bias towards equal use of the experts, unless it is frozen.
+      log_every, evaluate_every, save_every: steps between rows of metrics.jsonl, between measures of the held-out loss,
+        and between saves.
+      keep_last: how many saves are kept.
+      keep_every: those of multiples of so many steps are kept too; 0 keeps none.
+      loss_spike: stop where a step's loss exceeds the mean of those before it by so many nats; 0 never stops.
+      sample_prompts: texts that are continued greedily, by sample_tokens tokens, when the held-out loss is measured.
       remat: what a step computes again instead of keeping it: "none"; "products": all but matrix products; "layers":
         all but what goes from layer to layer.
       dtype: of the computation and of the result; master weights are float32.
@@ -86,6 +100,11 @@ class Recipe:
     gradient_clip: float = 1.0
     token_balanced: bool = False
     frozen: Sequence[str] | None = None
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    lora_rank_stabilised: bool = False
+    lora_plus: float = 1.0
+    lora_targets: Sequence[str] = TARGETS
     init_scale: float = 0.02
     bias_update_rate: float = 1e-3
     remat: str = "none"
@@ -95,6 +114,11 @@ class Recipe:
     log_every: int = 20
     evaluate_every: int = 200
     save_every: int = 500
+    keep_last: int = 1
+    keep_every: int = 0
+    loss_spike: float = 5.0
+    sample_prompts: Sequence[str] = ()
+    sample_tokens: int = 64
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -105,7 +129,7 @@ class Recipe:
                 raise UserError(f"recipe field {field.name} must be {_describe(kind)}, found {value!r}")
             if kind == "float" and not 0 <= value < float("inf"):
                 raise UserError(f"recipe field {field.name} is {value}: it must be a number from 0 up")
-        for name in _INTEGERS:
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe field {name} is {getattr(self, name)}: it must be at least 1")
         for name, choices in _CHOICES.items():
@@ -120,6 +144,8 @@ class Recipe:
             raise UserError(
                 f"recipe field batch_size is {self.batch_size}: it must be a multiple of accumulate, {self.accumulate}"
             )
+        if self.lora_rank:
+            _ = self.lora  # which checks its fields
         if not 0 <= self.warmup_steps < self.steps:
             raise UserError(f"recipe field warmup_steps is {self.warmup_steps}: it must be from 0 to below steps")
         read_sources(self.sources)
@@ -127,6 +153,13 @@ class Recipe:
             raise UserError(
                 f"recipe field decay_steps is {self.decay_steps}: it must be from 0 to steps less warmup_steps"
             )
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters that are trained; None where the weights themselves are."""
+        if not self.lora_rank:
+            return None
+        return LoRA(self.lora_rank, self.lora_alpha, self.lora_rank_stabilised, tuple(self.lora_targets))
 
     @property
     def directory(self) -> str:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 from ernie_jax.model import Backends, Ernie
+from ernie_jax.model.adapters import UP
 from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, packed_attention
 from ernie_jax.sharding import Layout
 from ernie_jax.train.data import Batch
@@ -60,6 +62,8 @@ class Trainer:
     """The jitted steps of a recipe; XLA derives the communication from where a layout puts weights and batches.
 
     Attributes:
+      config: of the model.
+      plan: what of it is trained.
       schedule: step, counted from 0 -> learning rate.
 
     Raises:
@@ -75,13 +79,15 @@ class Trainer:
                 f"recipe field batch_size is {recipe.batch_size}: it must be a multiple of the {layout.groups} groups "
                 f"of {layout.describe()} times accumulate, {recipe.accumulate}"
             )
-        self._recipe, self._config, self._layout = recipe, config, layout
+        self.config, self._recipe, self._layout = config, recipe, layout
         self.plan = Plan(recipe, config, layout)
         self._biases = [f"layers.{i}.mlp.router.correction_bias" for i in config.moe_layers]
         self.schedule = make_schedule(recipe)
-        self._optimizer = make_optimizer(recipe, self.schedule, {})
+        ups = [name for name in self.plan.trained if name.endswith(UP)]
+        self._optimizer = make_optimizer(recipe, self.schedule, dict.fromkeys(ups, recipe.lora_plus))
         self.step = jax.jit(self._step, donate_argnums=0)
         self.evaluate_batch = jax.jit(self._evaluate_batch)
+        self._extend = jax.jit(self._extended, static_argnums=3)
 
     def initial_state(self) -> TrainState:
         """Read or draw the weights that the recipe starts from."""
@@ -117,6 +123,26 @@ class Trainer:
         loss, count = (math.fsum(map(float, part)) for part in zip(*sums, strict=True))
         return loss / count
 
+    def extend(self, state: TrainState, rows: np.ndarray, lengths: np.ndarray, vocab_size: int) -> jax.Array:
+        """Fill rows [B, T], of which the first lengths [B] tokens are given, with the likeliest tokens."""
+        return self._extend(state, self._layout.put(rows), self._layout.put(lengths), vocab_size)
+
+    def _extended(self, state: TrainState, rows: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
+        model = self.bind(state)
+        positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
+        one_document, every = jnp.zeros_like(rows), jnp.arange(len(rows))
+
+        def attend(q, k, v, cache):
+            return packed_attention(q, k, v, one_document), cache
+
+        def step(added, rows):
+            place = lengths + added
+            out = model(rows, positions, attend, backends=Backends(self._recipe.expert_backend))
+            logits = model.logits(out.hidden[every, place - 1])[:, :vocab_size]
+            return rows.at[every, place].set(logits.argmax(-1).astype(rows.dtype), mode="drop")
+
+        return jax.lax.fori_loop(0, rows.shape[1] - lengths.min(), step, rows)
+
     def _sums(self, weights: Weights, batch: Batch) -> Sums:
         model = self.plan.bind(weights)
 
@@ -126,7 +152,7 @@ class Trainer:
         backends, remember = Backends(self._recipe.expert_backend), _REMAT[self._recipe.remat]
         out = model(batch.tokens, batch.positions, attend, backends=backends, remember=remember)
         real = batch.segments.reshape(-1) >= 0
-        usages = [expert_usage(routing.experts, self._config.moe_num_experts, real) for routing in out.routing]
+        usages = [expert_usage(routing.experts, self.config.moe_num_experts, real) for routing in out.routing]
         entropy = sum((routing_entropy(routing.probabilities, real) for routing in out.routing), jnp.float32(0))
         loss = self._token_losses(model, out.hidden, batch.targets).sum()
         return Sums(loss, dict(zip(self._biases, usages, strict=True)), entropy)
@@ -187,14 +213,18 @@ class Trainer:
             if name in parameters:
                 parameters[name] = balanced_bias(parameters[name], used, self._recipe.bias_update_rate)
         parameters = self._constrained(parameters)
+        drift = [jnp.abs(parameters[name] - parameters[name].mean()).max() for name in sums.usage if name in parameters]
         metrics = {"train_loss": sums.loss / count, "gradient_norm": optax.tree.norm(gradients)}
         if sums.usage:
             metrics |= self._routing_metrics(sums, jnp.sum(batch.segments >= 0))
+        if drift:
+            metrics["bias_drift"] = jnp.stack(drift).max()
         return TrainState(parameters, optimizer, state.frozen), metrics
 
     def _routing_metrics(self, sums: Sums, tokens: jax.Array) -> dict[str, jax.Array]:
         used = jnp.stack(list(sums.usage.values()))  # [layers, E]
         return {
+            "expert_load": used,
             "busiest_expert": jnp.max(used / jnp.maximum(used.mean(axis=1, keepdims=True), 1e-9)),
             "dead_experts": jnp.sum(used == 0),
             "router_entropy": sums.entropy / jnp.maximum(tokens * len(used), 1),

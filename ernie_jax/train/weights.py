@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from flax import nnx
 
 from ernie_jax import checkpoint
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie, initialize
+from ernie_jax.model.adapters import DOWN, UP, declare, draw
 from ernie_jax.paths import storage_path
 from ernie_jax.sharding import Layout, shard_abstract
 from ernie_jax.train.recipe import Recipe
@@ -40,41 +40,61 @@ class Plan:
     """
 
     def __init__(self, recipe: Recipe, config: ModelConfig, layout: Layout):
-        if config.quantize:
+        if config.quantize and not recipe.lora:
             raise UserError(
-                f"{recipe.directory}: its weights are rounded to {config.quantize}; train a checkpoint that is not"
+                f"{recipe.directory}: its weights are rounded to {config.quantize}; train adapters (lora_rank) or a "
+                "checkpoint that is not"
             )
         self._recipe, self._config, self._layout = recipe, config, layout
-        self.graph, state = nnx.split(Ernie(config, checkpoint.parse_dtype(recipe.dtype)))
+        model = Ernie(config, self._dtype)
+        if recipe.lora:
+            declare(model, recipe.lora, self._dtype)
+        self.graph, state = nnx.split(model)
         self.leaves = nnx.to_flat_state(state)
         placed = flat(shard_abstract(state, layout))
         # No objective reaches the weights of multi-token prediction: weight decay alone would move them.
-        self.trained = {name for name in placed if not recipe.freezes(name) and not name.startswith("mtp.")}
+        learns = _is_adapter if recipe.lora else lambda name: not name.startswith("mtp.")
+        self.trained = {name for name in placed if learns(name) and not recipe.freezes(name)}
         if not self.trained:
             raise UserError("recipe field frozen leaves no parameter to train")
         self.abstract = {
             name: leaf.update(dtype=jnp.float32) if name in self.trained else leaf for name, leaf in placed.items()
         }
 
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return checkpoint.parse_dtype(self._recipe.dtype)
+
     def start(self) -> Weights:
         """Read the recipe's checkpoint or draw random weights, straight into the shards of the layout."""
-        if self._recipe.checkpoint:
-            model = checkpoint.restore(self._recipe.checkpoint, self._layout, jnp.dtype(jnp.float32))
+        recipe = self._recipe
+        dtype = self._dtype if recipe.lora else jnp.dtype(jnp.float32)
+        if recipe.checkpoint:
+            model = checkpoint.restore(recipe.checkpoint, self._layout, dtype)
         else:
-            model = Ernie(self._config, jnp.float32)
-            initialize(model, self._layout, self._recipe.seed, self._recipe.init_scale)
+            model = Ernie(self._config, dtype)
+            initialize(model, self._layout, recipe.seed, recipe.init_scale)
         weights = flat(nnx.state(model))
+        adapters = filter(_is_adapter, self.abstract)
+        weights |= {name: draw(name, self.abstract[name], recipe.seed) for name in adapters}
         trained = {name: weights.pop(name) for name in self.trained}
         return Weights(trained, {name: weight.astype(self.abstract[name].dtype) for name, weight in weights.items()})
 
     def bind(self, weights: Weights) -> Ernie:
         """Return the model with these weights, rounded to the recipe's dtype; router tensors stay float32."""
         everything = weights.trained | weights.frozen
+        if self._recipe.lora:
+            ups = (name for name in everything if name.endswith(UP))
+            everything |= {name: everything[name] * self._recipe.lora.scale for name in ups}
 
         def rounded(path, leaf):
             return path, leaf.replace(everything[".".join(map(str, path))].astype(leaf.get_value().dtype))
 
         return nnx.merge(self.graph, nnx.from_flat_state([rounded(path, leaf) for path, leaf in self.leaves]))
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith((DOWN, UP))
 
 
 def flat(state: nnx.State) -> dict:
@@ -98,8 +118,3 @@ def read_config(recipe: Recipe) -> ModelConfig:
             f"{config.max_position_embeddings}"
         )
     return config
-
-
-def small_files(directory: epath.Path) -> dict[str, bytes]:
-    """Read what makes a checkpoint self-contained beside its weights."""
-    return {name: (directory / name).read_bytes() for name in checkpoint.SMALL_FILES if (directory / name).exists()}
