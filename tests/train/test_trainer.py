@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import xml.etree.ElementTree
 
 import jax
@@ -72,7 +73,8 @@ def test_training_learns_and_writes_what_it_promises(recipe):
 
 def test_an_interrupted_run_continues_bit_by_bit(recipe, tmp_path, monkeypatch):
     run(recipe, progress=False)
-    interrupted = dataclasses.replace(recipe, output="interrupted")
+    shutil.copytree(recipe.data, tmp_path / "copy")
+    interrupted = dataclasses.replace(recipe, output="interrupted", data=str(tmp_path / "copy"))
     read = TrainingData.batch
 
     def break_off(data, step):
@@ -85,10 +87,10 @@ def test_an_interrupted_run_continues_bit_by_bit(recipe, tmp_path, monkeypatch):
         run(interrupted, progress=False)
     with pytest.raises(UserError, match="other values of seed"):
         run(dataclasses.replace(interrupted, seed=4), progress=False)
-    file = tmp_path / "data" / "counting.train.npy"
+    file = tmp_path / "copy" / "counting.train.npy"
     tokens = np.load(file)
     np.save(file, np.roll(tokens, 13))
-    with pytest.raises(UserError, match="data/counting.train.npy changed since step 4's checkpoint"):
+    with pytest.raises(UserError, match="copy/counting.train.npy changed since step 4's checkpoint"):
         run(interrupted, progress=False)
     np.save(file, tokens)
 
