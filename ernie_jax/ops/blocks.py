@@ -20,6 +20,11 @@ def by_blocks(x, chosen, weights, gate_up, down, first_expert):
 
     A loop of unknown length has no automatic gradient; `_multiply` brings its own.
     """
+    return sum_of_blocks(x, chosen, weights, gate_up, down, first_expert).astype(x.dtype)
+
+
+def sum_of_blocks(x, chosen, weights, gate_up, down, first_expert):
+    """Return what `by_blocks` does in float32, before the only rounding."""
     tokens, k = chosen.shape
     experts, pairs = gate_up.shape[0], tokens * k
     expert, sizes, _, rank = sort_pairs(chosen - first_expert, experts)
@@ -39,7 +44,7 @@ def by_blocks(x, chosen, weights, gate_up, down, first_expert):
     out = _multiply(x, gate_up, down, token, of_block, (ends[-1] + slab - 1) // slab)
 
     out = out.at[place].get(mode="fill", fill_value=0).reshape(tokens, k, -1)
-    return (out * weights[..., None].astype(jnp.float32)).sum(1).astype(x.dtype)
+    return (out * weights[..., None].astype(jnp.float32)).sum(1)
 
 
 def sort_pairs(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -67,7 +72,7 @@ def _multiply(x, gate_up, down, token, of_block, live):
 
     def step(index, out):
         rows = x.at[token[index]].get(mode="fill", fill_value=0)
-        y = _slab(rows, gate_up[of_block[index]], down[of_block[index]])
+        y = _slab(rows, *jax.tree.map(lambda leaf: leaf[of_block[index]], (gate_up, down)))
         return jax.lax.dynamic_update_index_in_dim(out, y, index, 0)
 
     out = jnp.zeros((*token.shape, x.shape[1]), jnp.float32)
@@ -79,29 +84,47 @@ def _slab(rows, gate_up, down):  # [N, rows, D], [N, 2, F, D], [N, D, F] -> [N, 
     return einsum("nbf,ndf->nbd", hidden, down, jnp.float32)
 
 
-def _forward(x, gate_up, down, token, of_block, live):
-    return _multiply(x, gate_up, down, token, of_block, live), (x, gate_up, down, token, of_block, live)
+def _forward(*primals):
+    x, gate_up, down, token, of_block, live = values = jax.tree.map(lambda primal: primal.value, primals)
+    wanted = [() if leaf.perturbed else None for leaf in jax.tree.leaves((primals[1], primals[2]))]
+    return _multiply(*values), (x, gate_up, down, token, of_block, live, wanted)
 
 
 def _backward(residuals, gradient):
-    """Repeat each slab and pull its gradient back; sums over slabs are float32 and rounded once."""
-    x, gate_up, down, token, of_block, live = residuals
+    """Repeat each slab and pull its gradient back; sums over slabs are float32 and rounded once.
+
+    Weights that nobody asks the gradient of, as frozen ones are, get none.
+    """
+    x, gate_up, down, token, of_block, live, wanted = residuals
     gradient = gradient.reshape(*token.shape, -1)
+    leaves, structure = jax.tree.flatten((gate_up, down))
+    learnt = [index for index, mark in enumerate(wanted) if mark is not None]
 
     def step(index, sums):
         block = of_block[index]
         rows = x.at[token[index]].get(mode="fill", fill_value=0)
-        _, pull = jax.vjp(_slab, rows, gate_up[block], down[block])
+
+        def slab(rows, *those):
+            mine = [leaf[block] for leaf in leaves]
+            for index, leaf in zip(learnt, those, strict=True):
+                mine[index] = leaf
+            return _slab(rows, *jax.tree.unflatten(structure, mine))
+
+        _, pull = jax.vjp(slab, rows, *(leaves[index][block] for index in learnt))
         parts = pull(gradient[index])
-        places = token[index], block, block
+        places = token[index], *[block] * len(learnt)
         return [
             total.at[place].add(part.astype(jnp.float32), mode="drop")
             for total, place, part in zip(sums, places, parts, strict=True)
         ]
 
-    sums = [jnp.zeros(a.shape, jnp.float32) for a in (x, gate_up, down)]
-    sums = jax.lax.fori_loop(0, live, step, sums)
-    return *(total.astype(a.dtype) for total, a in zip(sums, (x, gate_up, down), strict=True)), None, None, None
+    inputs = [x, *(leaves[index] for index in learnt)]
+    sums = jax.lax.fori_loop(0, live, step, [jnp.zeros(array.shape, jnp.float32) for array in inputs])
+    of_x, *rest = [total.astype(array.dtype) for total, array in zip(sums, inputs, strict=True)]
+    gradients = [None] * len(leaves)
+    for index, total in zip(learnt, rest, strict=True):
+        gradients[index] = total
+    return of_x, *jax.tree.unflatten(structure, gradients), None, None, None
 
 
-_multiply.defvjp(_forward, _backward)
+_multiply.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ernie_jax.ops.batched import by_batches
 from ernie_jax.ops.blocks import by_blocks
 from ernie_jax.ops.gmm import by_gmm
 from ernie_jax.ops.mosaic import MOST_ALONG, by_mosaic, mosaic_problem
@@ -25,6 +26,7 @@ def grouped_mlp(
     first_expert: jax.Array | int = 0,
     shared: tuple[jax.Array, jax.Array] | None = None,
     live: jax.Array | None = None,
+    total: int | None = None,
 ) -> jax.Array:
     """Sum over a token's chosen experts e of weights[t, e] * down_e(silu(gate_e x) * up_e x).
 
@@ -39,6 +41,7 @@ def grouped_mlp(
         `takes_shared`.
       live: how many of the tokens are no padding, int32; padding goes to no expert, and what it comes back with is
         undefined but finite. None: all.
+      total: how many experts the ids are of; None: E. Only the speed of "batched" depends on it.
 
     Returns:
       [T, D].
@@ -53,6 +56,8 @@ def grouped_mlp(
         return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, shared, live)
     if live is not None:
         chosen = jnp.where(jnp.arange(len(x))[:, None] < live, chosen, -1)
+    if backend == "batched":
+        more = (total,)
     return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, *more)
 
 
@@ -138,9 +143,10 @@ EXPERT_BACKENDS = {
     "dense": _dense,
     "gather": _gather,
     "blocks": by_blocks,
+    "batched": by_batches,
     "gmm": by_gmm,
     "cuda": by_stream,
     "mosaic": by_mosaic,
 }
 
-DIFFERENTIABLE_EXPERT_BACKENDS = ("dense", "gather", "blocks")  # which training can name
+DIFFERENTIABLE_EXPERT_BACKENDS = ("dense", "gather", "blocks", "batched")  # which training can name

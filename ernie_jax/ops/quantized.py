@@ -14,7 +14,7 @@ _MOST = 127  # symmetric: -128 is not used
 # where one is much larger than the rest: 0.987 of 2,560.
 _RANGES = np.linspace(1.0, 0.945, 12, dtype=np.float32)
 _BLOCK_BYTES = 1 << 18  # of float32 weights: what stays in a core's cache through all trials
-_BACKENDS = {"linear": ("xla",), "expert": ("dense", "gather", "blocks"), "halves": ("none",)}
+_BACKENDS = {"linear": ("xla",), "expert": ("dense", "gather", "blocks", "batched"), "halves": ("none",)}
 
 
 @jax.tree_util.register_dataclass

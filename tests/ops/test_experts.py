@@ -1,6 +1,8 @@
 """Every expert backend against a float64 reference, on fresh random inputs."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +72,9 @@ def test_shards_sum_to_the_whole_and_padding_adds_nothing(backend, tokens, rng):
     np.testing.assert_array_equal(run(x, np.full_like(chosen, 8), weights, gate_up, down, backend), 0)
 
 
-@pytest.mark.parametrize(("backend", "tokens"), [("gather", 3), ("dense", 1500), ("blocks", 1500), ("gmm", 1500)])
+@pytest.mark.parametrize(
+    ("backend", "tokens"), [("gather", 3), ("dense", 1500), ("blocks", 1500), ("batched", 1500), ("gmm", 1500)]
+)
 def test_no_token_is_dropped_when_all_choose_the_same_experts(backend, tokens, rng):
     x, _, weights, gate_up, down = draw(rng, tokens, 2, 8, 24, 32, jnp.float32)
     chosen = np.tile(np.array([5, 2], np.int32), (tokens, 1))
@@ -80,9 +84,15 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts(backend, tokens, r
     np.testing.assert_allclose(one_shard, reference(x, chosen, weights, gate_up[4:6], down[4:6], 4), atol=2e-5)
 
 
-@pytest.mark.parametrize(("backend", "tokens"), [("gather", 4), ("blocks", 300)])
-def test_gradient_is_that_of_dense(backend, tokens, rng):
+@pytest.mark.parametrize(
+    ("backend", "tokens", "skewed"),
+    [("gather", 4, False), ("blocks", 300, False), ("batched", 300, False), ("batched", 300, True)],
+)
+def test_gradient_is_that_of_dense(backend, tokens, skewed, rng):
     x, chosen, weights, gate_up, down = draw(rng, tokens, 3, 8, 24, 32, jnp.float32)
+    if skewed:  # two experts get far more than their room
+        chosen[: tokens // 2, :2] = 5, 2
+        chosen[: tokens // 2, 2] = rng.choice([0, 1, 3, 4, 6, 7], tokens // 2)
     chosen[-tokens // 4 :] = 8
     cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
@@ -95,6 +105,22 @@ def test_gradient_is_that_of_dense(backend, tokens, rng):
     assert backend in DIFFERENTIABLE_EXPERT_BACKENDS
     for mine, dense in zip(gradients(backend), gradients("dense"), strict=True):
         np.testing.assert_allclose(mine, dense, atol=1e-5 * np.abs(dense).max())
+
+
+@pytest.mark.parametrize("learnt", [(0, 1, 2, 3), (0,)])
+def test_training_with_many_experts_expands_nothing(learnt, rng):
+    """Neither its operations nor any array of "batched" are those of all tokens with all experts."""
+    tokens, k, experts, width, model = 512, 2, 32, 24, 16
+    x, chosen, weights, gate_up, down = draw(rng, tokens, k, experts, width, model, jnp.float32)
+
+    def loss(x, weights, gate_up, down):
+        return jnp.sum(grouped_mlp(x, chosen, weights, gate_up, down, "batched"))
+
+    compiled = jax.jit(jax.grad(loss, learnt)).lower(x, weights, gate_up, down).compile()
+    dense = 2 * tokens * experts * 3 * width * model * (3 if len(learnt) > 1 else 2)
+    assert compiled.cost_analysis()["flops"] < dense / 4
+    shapes = re.findall(r"[a-z0-9]+\[([0-9,]+)\]", compiled.as_text())
+    assert max(math.prod(map(int, shape.split(","))) for shape in shapes) < tokens * experts * model / 2
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_a_product_with_an_adapter_is_that_with_the_sum(subscripts, rng):
     np.testing.assert_allclose(einsum(subscripts, x, add(weight, down, up)), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["dense", "blocks"])
+@pytest.mark.parametrize("backend", ["dense", "blocks", "batched"])
 def test_gradients_are_those_that_merged_weights_imply(lora, started, config, batch, backend, rng):
     """Of W + s b a the gradient G gives s b^T G for a and s G a^T for b."""
     recipes = [dataclasses.replace(recipe, expert_backend=backend, frozen=[]) for recipe in (lora, started)]
@@ -144,7 +144,7 @@ def test_int8_weights_keep_it_beside_them(trained, rounded, rng):
         adapter.merge(small.model, adapter.load(trained), single())
 
 
-@pytest.mark.parametrize("backend", ["dense"])
+@pytest.mark.parametrize("backend", ["blocks", "batched"])
 def test_int8_weights_are_trained_with(rounded, lora, batch, backend):
     losses = []
     for name in ("int8", "float32"):
