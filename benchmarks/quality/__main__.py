@@ -26,7 +26,8 @@ from ernie_jax.errors import UserError
 from ernie_jax.llm import LLM
 from ernie_jax.model import Ernie
 from ernie_jax.ops import packed_attention
-from ernie_jax.train.data import Batch, Documents, heldout_batches, read_documents
+from ernie_jax.train.data import Batch, Part, TrainingData
+from ernie_jax.train.documents import Documents, read_documents
 from ernie_jax.train.losses import IGNORED
 
 ROWS, LENGTH = 4, 1024
@@ -90,11 +91,21 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, float
     return {"greedy_same_tokens": float(np.mean(until)), "greedy_same_whole": float(np.mean(np.equal(until, ANSWER)))}
 
 
-def heldout(directory: pathlib.Path, llm: LLM) -> Documents:
+def heldout(directory: pathlib.Path, llm: LLM) -> list[Documents]:
     """Read the held-out documents of every language."""
     if not (files := sorted(directory.glob("*.heldout.npy"))):
         raise UserError(f"--data={directory}: has no NAME.heldout.npy; scripts/embedded_corpus.py writes them")
-    return read_documents(files, llm.config.eos_token_id, llm.config.vocab_size)
+    return [read_documents(file, llm.config.eos_token_id, llm.config.vocab_size) for file in files]
+
+
+def draw_prompts(documents: list[Documents]) -> list[list[int]]:
+    """Return the beginnings of documents that are long enough, evenly from all of them."""
+    found = [
+        language.tokens[start : start + PROMPT].tolist()
+        for language in documents
+        for start in language.starts[language.lengths >= PROMPT]
+    ]
+    return found[:: max(1, len(found) // PROMPTS)][:PROMPTS]
 
 
 def main() -> None:
@@ -108,9 +119,8 @@ def main() -> None:
     options = {"cache_tokens": PROMPTS * (PROMPT + ANSWER), "max_sequences": PROMPTS}
     reference = LLM.load(flags.reference, "float32", **options)
     documents = heldout(flags.data, reference)
-    batches = heldout_batches(documents, ROWS, LENGTH)
-    long = np.flatnonzero(documents.lengths >= PROMPT)[:: max(1, int(np.sum(documents.lengths >= PROMPT)) // PROMPTS)]
-    prompts = [documents.tokens[start : start + PROMPT].tolist() for start in documents.starts[long[:PROMPTS]]]
+    batches = TrainingData([Part((language,)) for language in documents], ROWS, LENGTH, None).first_epoch()
+    prompts = draw_prompts(documents)
     expected = greedy(reference, prompts)
     print(f"{reference.describe()}\n{'':24s} {'perplexity':>10} {'change':>16} {'KL mean':>9} {'median':>9} {'p99':>8} "
           f"{'likeliest':>9} {'greedy':>7} {'whole':>6}", flush=True)  # fmt: skip
