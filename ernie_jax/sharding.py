@@ -157,6 +157,10 @@ class Layout:
         """Return the view of one shard, for use inside `jax.shard_map` over the mesh."""
         return Shard(self.table, self.mesh.shape, PRESETS[self.preset].exchanges)
 
+    def whole(self) -> Shard:
+        """Return the view of a program that XLA divides: all of everything, but that it can divide parts by hand."""
+        return Shard(_REPLICATED, {}, layout=self)
+
     def describe(self) -> str:
         """Name preset and mesh in a few words."""
         sizes = ",".join(f"{axis}:{size}" for axis, size in self.mesh.shape.items() if size > 1)
@@ -168,10 +172,13 @@ class Shard:
 
     Attributes:
       exchanges: each shard keeps the rows of its own tokens, instead of all shards those of all.
+      layout: of a view that is whole, over which devices parts can be divided by hand; None: there are no others.
     """
 
-    def __init__(self, table: Table, sizes: Mapping[str, int], exchanges: bool = False):
-        self._table, self._sizes, self.exchanges = table, sizes, exchanges
+    def __init__(
+        self, table: Table, sizes: Mapping[str, int], exchanges: bool = False, layout: Layout | None = None
+    ):
+        self._table, self._sizes, self.exchanges, self.layout = table, sizes, exchanges, layout
 
     def axes(self, *logical: str) -> tuple[str, ...]:
         """Return the mesh axes, larger than 1, that any of some logical axes is split over."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from ernie_jax.ops import (
     swiglu,
     takes_shared,
 )
-from ernie_jax.sharding import WHOLE, Shard
+from ernie_jax.sharding import WHOLE, Layout, Shard
 
 # (layer index, q [..., K, R, H], k [..., K, H], v [..., K, H], cache) -> (out [..., K, R, H], cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]]
@@ -128,8 +128,14 @@ class Linear(nnx.Module):
     @property
     def kernel(self) -> jax.Array | Quantized | Adapted:
         """The weight as ops take it."""
-        weight = Quantized(self.weight[...], self.scale[...]) if hasattr(self, "scale") else self.weight[...]
-        return Adapted(weight, self.lora_a[...], self.lora_b[...]) if self.adapted else weight
+        return self.read(lambda parameter: parameter[...])
+
+    def read(self, part: Callable[[nnx.Param], Any]) -> Any:
+        """Return a part of each parameter of the weight, arranged as the kernel is."""
+        weight = part(self.weight)
+        if hasattr(self, "scale"):
+            weight = Quantized(weight, part(self.scale))
+        return Adapted(weight, part(self.lora_a), part(self.lora_b)) if self.adapted else weight
 
     @property
     def adapted(self) -> bool:
@@ -301,14 +307,14 @@ class Experts(nnx.Module):
           live: how many of the tokens are no padding.
         """
         gate_up, down = self.gate_up.kernel, self.down.kernel
+        if shard.layout is not None and shard.layout.mesh.size > 1:
+            y = self._divided(x, experts, weights, shard.layout, backends)
+            return y if shared is None else y + shared(x, shard, backends)
         local, k = gate_up.shape[0], experts.shape[-1]
         first = shard.index("expert") * local
 
         def choose(tokens):
-            if self.gate_up.adapted or self.down.adapted:
-                return default_expert_backend(tokens, k, "cpu", local, self.count)
-            shape = (tokens, k, backends.platform, local, self.count)
-            return backends.experts or default_expert_backend(*shape, *down.shape[1:], down.dtype)
+            return self._backend(tokens, k, local, backends)
 
         def compute(x, experts, weights, along=None, live=None):
             return grouped_mlp(x, experts, weights, gate_up, down, choose(len(x)), first, along, live)
@@ -337,6 +343,52 @@ class Experts(nnx.Module):
             if takes_shared(choose(len(x)), len(x), down.shape[-1], along[1].shape[-1]):
                 return compute(x, experts, weights, along, live)
         return add_shared(compute(x, experts, weights, live=live))
+
+    def _divided(
+        self, x: jax.Array, experts: jax.Array, weights: jax.Array, layout: Layout, backends: Backends
+    ) -> jax.Array:
+        """Return the weighted sum [T, D] in a program that XLA divides: sorting and grouping is divided by hand.
+
+        Each device takes the tokens of its groups, gathered from all devices that its experts are spread over, to the
+        experts that it has; those cut along the model's width are gathered.
+        """
+        inside = layout.shard()
+        gathered = tuple(axis for axis in inside.axes("group") if axis in inside.axes("expert"))
+        summed = tuple(axis for axis in inside.axes("expert", "expert_mlp") if axis not in gathered)
+
+        def compute(x, experts, weights, gate_up, down):
+            if gathered:
+                x, experts, weights = (jax.lax.all_gather(a, gathered, tiled=True) for a in (x, experts, weights))
+            local = down.shape[0]
+            backend = self._backend(len(x), experts.shape[-1], local, backends)
+            first = inside.index("expert") * local
+            y = grouped_mlp(x, experts, weights, gate_up, down, backend, first, total=self.count)
+            if gathered:
+                y = jax.lax.psum_scatter(y, gathered, tiled=True)
+            return jax.lax.psum(y, summed) if summed else y
+
+        def place(parameter):
+            axes = parameter.get_metadata("axes")
+            return layout.spec(tuple(None if axis == "embed" else axis for axis in axes))
+
+        tokens = layout.spec(("group",))
+        weight_places = self.gate_up.read(place), self.down.read(place)
+        # The gradients of their own that the backends bring know nothing of what varies over which axes.
+        divided = jax.shard_map(
+            compute,
+            mesh=layout.mesh,
+            in_specs=(tokens, tokens, tokens, *weight_places),
+            out_specs=tokens,
+            check_vma=False,
+        )
+        return divided(x, experts, weights, self.gate_up.kernel, self.down.kernel)
+
+    def _backend(self, tokens: int, k: int, local: int, backends: Backends) -> str:
+        """Choose how so many tokens go through so many of the experts."""
+        down = self.down.weight[...]
+        adapted = self.gate_up.adapted or self.down.adapted
+        shape = (tokens, k, "cpu" if adapted else backends.platform, local, self.count)
+        return backends.experts or default_expert_backend(*shape, *down.shape[1:], down.dtype)
 
 
 class MoE(nnx.Module):

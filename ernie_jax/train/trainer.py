@@ -125,7 +125,9 @@ class Trainer:
 
     def extend(self, state: TrainState, rows: np.ndarray, lengths: np.ndarray, vocab_size: int) -> jax.Array:
         """Fill rows [B, T], of which the first lengths [B] tokens are given, with the likeliest tokens."""
-        return self._extend(state, self._layout.put(rows), self._layout.put(lengths), vocab_size)
+        more = -len(rows) % self._layout.groups
+        filled = np.pad(rows, ((0, more), (0, 0))), np.pad(lengths, (0, more), constant_values=rows.shape[1])
+        return self._extend(state, *map(self._layout.put, filled), vocab_size)[: len(rows)]
 
     def _extended(self, state: TrainState, rows: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
         model = self.bind(state)
@@ -137,7 +139,8 @@ class Trainer:
 
         def step(added, rows):
             place = lengths + added
-            out = model(rows, positions, attend, backends=Backends(self._recipe.expert_backend))
+            backends = Backends(self._recipe.expert_backend)
+            out = model(rows, positions, attend, backends=backends, shard=self._layout.whole())
             logits = model.logits(out.hidden[every, place - 1])[:, :vocab_size]
             return rows.at[every, place].set(logits.argmax(-1).astype(rows.dtype), mode="drop")
 
@@ -150,7 +153,8 @@ class Trainer:
             return packed_attention(q, k, v, batch.segments), cache
 
         backends, remember = Backends(self._recipe.expert_backend), _REMAT[self._recipe.remat]
-        out = model(batch.tokens, batch.positions, attend, backends=backends, remember=remember)
+        shard = self._layout.whole()
+        out = model(batch.tokens, batch.positions, attend, backends=backends, shard=shard, remember=remember)
         real = batch.segments.reshape(-1) >= 0
         usages = [expert_usage(routing.experts, self.config.moe_num_experts, real) for routing in out.routing]
         entropy = sum((routing_entropy(routing.probabilities, real) for routing in out.routing), jnp.float32(0))

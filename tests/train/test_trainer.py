@@ -125,25 +125,43 @@ def test_a_step_moves_biases_by_the_routers_usage_alone(recipe, config):
     np.testing.assert_allclose(bias, 1e-3 * np.sign(usage.mean() - usage), atol=1e-9)
 
 
-def test_a_step_is_the_same_in_every_layout(recipe, config, rng):
+@pytest.fixture(scope="module")
+def wide(started, quick_compiling):
+    """A recipe with rows for 8 groups."""
     # Adam with its usual epsilon makes a whole step of the rounding noise in a gradient that should be zero.
-    recipe = dataclasses.replace(recipe, dtype="float32", batch_size=8, warmup_steps=1, adam_epsilon=1e-3)
+    return dataclasses.replace(started, batch_size=8, warmup_steps=1, expert_backend="batched", frozen=[])
+
+
+def three_steps(recipe, config, layout):
+    """Return each step's loss, and the parameters after them."""
+    rng = np.random.default_rng(2)
     tokens = rng.integers(3, 320, (8, 32)).astype(np.int32)
     positions = np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32))
     batch = Batch(tokens, positions, np.zeros_like(tokens), np.roll(tokens, -1, 1))
-    results = []
-    for layout in (single(), make_layout(config, jax.devices(), preset="fsdp")):
-        trainer = Trainer(recipe, config, layout)
-        state = trainer.initial_state()
-        for _ in range(3):
-            state, metrics = trainer.step(state, trainer.place(batch))
-        results.append((float(metrics["train_loss"]), jax.device_get(state.parameters)))
-        embed = state.parameters["embed.weight"]
-        assert embed.sharding.shard_shape(embed.shape)[1] == embed.shape[1] // layout.groups
-    (alone, expected), (spread, parameters) = results
-    assert abs(alone - spread) < 1e-5
+    trainer, losses = Trainer(recipe, config, layout), []
+    state = trainer.initial_state()
+    for _ in range(3):
+        state, metrics = trainer.step(state, trainer.place(batch))
+        losses.append(float(metrics["train_loss"]))
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def alone(wide, config):
+    losses, state = three_steps(wide, config, single())
+    return losses, jax.device_get(state.parameters)
+
+
+@pytest.mark.parametrize("preset", ["fsdp", "expert", "expert+tensor", "expert+data", "exchange", "tensor"])
+def test_a_step_is_the_same_in_every_layout(wide, alone, config, preset):
+    layout = make_layout(config, jax.devices(), preset=preset)
+    losses, state = three_steps(wide, config, layout)
+    expected_losses, expected = alone
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     for name, value in expected.items():
-        np.testing.assert_allclose(parameters[name], value, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(state.parameters[name], value, atol=1e-5, err_msg=name)
+    shape = (layout.mesh.devices.size, len(state.parameters["embed.weight"].addressable_shards[0].data))
+    assert shape == (8, 320 if preset == "fsdp" else 40)
 
 
 @pytest.fixture(scope="module")
