@@ -180,3 +180,36 @@ def test_packed_attention_matches_float64(dtype, bound, rng):
         visible = np.tri(20, dtype=bool) & (segments[row][:, None] == segments[row])
         expected = reference(q[row], k[row], v[row], visible)
         assert np.linalg.norm(out[row] - expected) / np.linalg.norm(expected) < bound
+
+
+@pytest.mark.parametrize("length", [64, 90])
+def test_long_packed_rows_are_those_of_short_ones(length, monkeypatch, rng):
+    """In blocks and at once, values and gradients are the same."""
+    q = jnp.asarray(rng.normal(size=(2, length, 2, 3, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, length, 2, 8)), jnp.float32) for _ in range(2))
+    segments = jnp.asarray(np.sort(rng.integers(-1, 4, (2, length)))[:, ::-1] * -1)
+    pull = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+    def attend():
+        def loss(q, k, v):
+            out = packed_attention(q, k, v, segments)
+            return jnp.sum(out * pull), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    expected = attend()
+    monkeypatch.setattr(attention, "_WHOLE_ROW", 16)
+    monkeypatch.setattr(attention, "_QUERIES", 4)
+    for found, one in zip(jax.tree.leaves(attend()), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, one, atol=2e-5)
+
+
+def test_scores_of_long_packed_rows_are_not_held():
+    rows = (jax.ShapeDtypeStruct((1, 8192, *heads, 16), jnp.float32) for heads in ((1, 2), (1,), (1,)))
+    segments = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+
+    def loss(q, k, v, segments):
+        return packed_attention(q, k, v, segments).sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*rows, segments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 8192 * 8192 * 4 / 4
