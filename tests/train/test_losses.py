@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from ernie_jax.ops import embed
-from ernie_jax.train.losses import IGNORED, balanced_bias, expert_usage, routing_entropy, token_losses
+from ernie_jax.train.losses import IGNORED, balanced_bias, expert_usage, routing_entropy, summed_loss, token_losses
 
 
 def head_case(rng, dtype):
@@ -51,13 +52,58 @@ def test_gradients_of_token_losses_are_those_of_whole_logits(most_logits, rng):
     assert alone.shape == hidden.shape
 
 
-def test_logits_are_never_held_whole():
+@pytest.mark.parametrize("most_logits", [1 << 20, 505])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_summed_loss_is_the_sum_with_its_gradient(dtype, most_logits, rng):
+    *head, targets, exact = head_case(rng, dtype)
+    found, gradients = jax.value_and_grad(lambda *a: 0.1 * summed_loss(*a, targets, most_logits), (0, 1, 2))(*head)
+    np.testing.assert_allclose(found, 0.1 * exact.sum(), rtol=1e-5)
+    np.testing.assert_allclose(summed_loss(*head, targets, most_logits), exact.sum(), rtol=1e-5)
+    expected = jax.grad(lambda *a: 0.1 * jnp.sum(token_losses(*a, targets)), (0, 1, 2))(*head)
+    for one, other in zip(gradients, expected, strict=True):
+        assert one.dtype == dtype
+        error = np.linalg.norm(np.asarray(one - other, np.float64)) / np.linalg.norm(np.asarray(other, np.float64))
+        assert error < (1e-5 if dtype == jnp.float32 else 2**-7)
+
+
+def test_summed_loss_multiplies_by_the_head_as_often_as_it_must(rng):
+    hidden, weight, _, targets, _ = head_case(rng, jnp.float32)
+
+    def products(function, *arguments):
+        return str(jax.make_jaxpr(jax.grad(function, tuple(range(len(arguments)))))(*arguments)).count("dot_general")
+
+    assert products(lambda h, w: summed_loss(h, w, None, targets), hidden, weight) == 3
+    assert products(lambda h: summed_loss(h, weight, None, targets), hidden) == 2  # a frozen head
+    assert products(lambda h, w: token_losses(h, w, None, targets).sum(), hidden, weight) == 4
+
+
+def test_summed_loss_of_eight_devices_tokens(rng):
+    hidden, weight, bias, targets, _ = head_case(rng, jnp.float32)
+    hidden, targets = hidden[:16], targets[:16]
+    mesh = jax.sharding.Mesh(jax.devices()[:8], "data")
+
+    def of_each(*head):
+        return summed_loss(*head, 101)[None]
+
+    def of_all(hidden, weight, bias):
+        specs = P("data"), P(), P(), P("data")
+        parts = jax.shard_map(of_each, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+        return parts(hidden, weight, bias, targets).sum() / 7
+
+    found = jax.jit(jax.value_and_grad(of_all, (0, 1, 2)))(hidden, weight, bias)
+    alone = jax.value_and_grad(lambda *head: summed_loss(*head, targets) / 7, (0, 1, 2))(hidden, weight, bias)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [lambda *a: token_losses(*a).sum(), summed_loss])
+def test_logits_are_never_held_whole(function):
     tokens, vocab, width, most = 512, 4096, 16, 1 << 14
     shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((tokens, width), (vocab, width)))
     targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
 
     def loss(hidden, weight, targets):
-        return token_losses(hidden, weight, None, targets, most).sum()
+        return function(hidden, weight, None, targets, most)
 
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes, targets).compile()
     weights = 3 * 4 * vocab * width  # gradient, its sum, and a copy
