@@ -24,6 +24,7 @@ from ernie_jax.ops import (
     default_expert_backend,
     default_linear_backend,
     default_router_backend,
+    einsum,
     exchange_mlp,
     experts_half,
     experts_half_problem,
@@ -251,11 +252,19 @@ class MLP(nnx.Module):
 
 
 class Routing(NamedTuple):
-    """What a router decided for T tokens: experts [T, k] int32, weights [T, k], probabilities [T, E] float32."""
+    """What a router decided for T tokens.
+
+    Attributes:
+      experts: [T, k] int32.
+      weights: [T, k].
+      probabilities: [T, E] float32.
+      log_total: [T] float32, the logarithm of what the exponentials of the logits add up to; None of kernels.
+    """
 
     experts: jax.Array
     weights: jax.Array
     probabilities: jax.Array
+    log_total: jax.Array | None = None
 
 
 class Router(nnx.Module):
@@ -277,7 +286,12 @@ class Router(nnx.Module):
         backend = backends.router
         if backend is None:
             backend = default_router_backend(backends.platform, *x.shape, len(weight), self.k, x.dtype)
-        return Routing(*route(x, weight, bias, self.k, self.norm_min, backend))
+        routing = Routing(*route(x, weight, bias, self.k, self.norm_min, backend))
+        if backend != "xla":
+            return routing
+        # For a training loss: the compiler finds the same product in `route`, and drops this where nobody asks for it.
+        logits = einsum("td,ed->te", x.astype(jnp.float32), weight)
+        return routing._replace(log_total=jax.nn.logsumexp(logits, axis=-1))
 
 
 class Experts(nnx.Module):
