@@ -65,13 +65,34 @@ class Head(nnx.Module):
 
 
 class MultiTokenPrediction(nnx.Module):
-    """The weights of one multi-token-prediction depth (PT checkpoints): loaded and kept, not yet used."""
+    """One depth of multi-token prediction (PT checkpoints): a dense layer that looks one token further ahead.
+
+    Depth 1 makes of the hidden states after the final norm at t, and of token t + 1, those that predict token t + 2:
+    after the model's own norm and head. Depth d goes on from the normed output of the one before and takes token t + d.
+
+    Sources: modeling_moe.py of PaddleFormers' ernie_pretrain, which takes hidden states before the final norm, and
+    FastDeploy's ernie4_5_mtp.py, which serves with those after it; with the released weights these are better.
+    """
 
     def __init__(self, config: ModelConfig, dtype):
         self.embed_norm = RMSNorm(config, dtype)
         self.hidden_norm = RMSNorm(config, dtype)
         self.proj = Linear({"embed": config.hidden_size}, {"embed_pair": 2 * config.hidden_size}, dtype)
         self.layer = DecoderLayer(config, dtype, moe=False)
+
+    def __call__(
+        self,
+        hidden: jax.Array,  # [..., D]
+        embedded: jax.Array,  # [..., D]
+        angles: jax.Array,
+        attend: Attend,
+        cache=None,
+        backends: Backends = DEFAULT_BACKENDS,
+    ):
+        """Return the output [..., D], before any norm, and the cache; `embedded` are the tokens that come next."""
+        pair = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], axis=-1)
+        x = self.proj("...e,de->...d", pair, backends)
+        return self.layer(x, angles, attend, cache, WHOLE, ALL_ROWS, backends)[:2]
 
 
 class Ernie(nnx.Module):
