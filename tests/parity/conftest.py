@@ -70,7 +70,9 @@ def read_case(name: str) -> Case:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cases(kind): of all cases take only the 'small' or the 'full_width' ones")
+    config.addinivalue_line(
+        "markers", "cases(kind): take only 'small' cases, those of 'full_width', or with 'gradients'"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -78,7 +80,10 @@ def pytest_generate_tests(metafunc):
         return
     names = list(json.loads((FIXTURES / "summary.json").read_text())["cases"])
     for marker in metafunc.definition.iter_markers("cases"):
-        names = [name for name in names if name.startswith("full_width") == (marker.args[0] == "full_width")]
+        if marker.args[0] == "gradients":
+            names = [name for name in names if (FIXTURES / name / "gradients").exists()]
+        else:
+            names = [name for name in names if name.startswith("full_width") == (marker.args[0] == "full_width")]
     metafunc.parametrize("case", names, indirect=True, scope="session")
 
 
@@ -98,6 +103,14 @@ def converted(case, tmp_path_factory):
     target = tmp_path_factory.mktemp("converted") / case.name
     convert(str(case.source), str(target))
     return target
+
+
+@pytest.fixture(scope="session")
+def gradients(case, mesh, tmp_path_factory):
+    """Transformers' gradients of the case's training loss, in the places of a model's weights: all maps are linear."""
+    target = tmp_path_factory.mktemp("gradients") / case.name
+    convert(str(case.source.parent / "gradients"), str(target))
+    return checkpoint.restore(target, mesh, np.dtype("float32"))
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,28 @@
 """Hold the model and the engine to what transformers computes from the same checkpoint.
 
 In float32: every half layer, routing, the logits of whole prompts and of the paged engine, greedy continuations. In
-bfloat16: every half layer from transformers' own input to it, and the log-probabilities of the paged engine.
+bfloat16: every half layer from transformers' own input to it, and the log-probabilities of the paged engine. Of some
+cases also the gradients of a training loss, in float32.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.engine import Engine, EngineOptions, SamplingParams
 from ernie_jax.engine.batching import unpack
-from ernie_jax.model import layers
+from ernie_jax.model import Backends, layers
 from ernie_jax.ops import packed_attention
+from ernie_jax.train.losses import summed_loss
 
 FLOAT32 = 1e-4  # absolute; logits and hidden states are of the order of 1 to 10
+GRADIENT = 1e-4  # relative, of the norm of a weight's gradient
 
 # Both programs round a half layer's intermediates to bfloat16 at the same places, by errors of a similar size that add
 # like independent ones: our distance from the exact result is that of torch, give or take the chance of 500 values and
@@ -200,6 +206,38 @@ def test_float32_engine(case, float32_model, mesh):
             worst = np.max(np.abs(ours - sequence.logits[position]))
             assert worst <= FLOAT32, f"prompt {i}, position {position}: max |difference| of logits {worst:.2e}"
         assert generated[i] == sequence.continuation
+
+
+@pytest.mark.cases("gradients")
+def test_float32_gradients(case, float32_model, gradients):
+    """Differentiate the mean loss of the next token over all sequences, packed into one row, by every weight."""
+    inputs = pack([sequence.tokens[:-1] for sequence in case.sequences])
+    targets = np.concatenate([sequence.tokens[1:] for sequence in case.sequences])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def differentiate(experts, model, tokens, positions, segments):
+        def attend(q, k, v, cache):
+            return packed_attention(q, k, v, segments), cache
+
+        def mean_loss(model):
+            hidden = model(tokens, positions, attend, backends=Backends(experts)).hidden[0]
+            return summed_loss(hidden, *model.head_weights(), targets) / len(targets)
+
+        return jax.grad(mean_loss)(model)
+
+    theirs = nnx.to_flat_state(nnx.state(gradients))
+    for experts in ("dense", "blocks") if float32_model.config.is_moe else ("dense",):
+        ours = nnx.to_flat_state(nnx.state(differentiate(experts, float32_model, *inputs)))
+        for (path, mine), (_, expected) in zip(ours, theirs, strict=True):
+            name = ".".join(map(str, path))
+            assert_gradients_close(name, *(np.asarray(leaf.get_value()) for leaf in (mine, expected)))
+
+
+def assert_gradients_close(name: str, ours: np.ndarray, theirs: np.ndarray):
+    """Compare by norm; each expert is a matrix of its own, and the gradient of one that nobody chose is zero."""
+    axes = tuple(range("experts" in name, ours.ndim))
+    wrong = np.sqrt(((ours - theirs) ** 2).sum(axes)) > GRADIENT * np.sqrt((theirs**2).sum(axes))
+    assert not wrong.any(), f"{name}: gradients differ by more than {GRADIENT:.0e} (of experts {np.flatnonzero(wrong)})"
 
 
 @pytest.mark.cases("full_width")

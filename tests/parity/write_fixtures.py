@@ -1,6 +1,7 @@
 """Write small random ERNIE 4.5 checkpoints with `transformers`, and what `transformers` computes from them.
 
     python tests/parity/write_fixtures.py --out=DIR --seed=N [--full_width]
+    python tests/parity/write_fixtures.py --gradients=DIR
     python tests/parity/write_fixtures.py --load=HF_DIR
 
 The only file of this project that imports torch. `expected.npz` of a case holds, for each prompt i,
@@ -20,6 +21,8 @@ and for the prompt number `detailed`, over its tokens alone (names of states: se
 and over all prompts the median distance of the bfloat16 model from the float32 model: bfloat16_logit_error of the
 logits, bfloat16_logprob_error of the log-probabilities of the tokens that came next. (The mean would hang on the few
 tokens to which rounding gives another expert.) inverse_frequencies [H/2] are those of the rotary embedding.
+A case with gradients has beside its checkpoint another one, "gradients", in float32 and of the same names: those of the
+mean cross-entropy of the next token over all sequences. --gradients writes these anew, of checkpoints that are there.
 `summary.json` in DIR counts the prompts drawn, those redrawn by reason, and the routing decisions of those kept.
 """
 
@@ -55,6 +58,7 @@ class Case:
       logit_lead, router_lead: a smaller lead of the best token, or of the last chosen expert, is a tie.
       min_distinct: tokens in a continuation; one that repeats itself tests little.
       shard: size of the safetensors files.
+      gradients: whether to write those.
     """
 
     config: dict
@@ -65,6 +69,7 @@ class Case:
     router_lead: float = 0.0  # beyond one float32 step, which never counts
     min_distinct: int = 6
     shard: str = "64KB"
+    gradients: bool = False
 
 
 def _dense(heads, kv_heads, head_dim, **fields) -> dict:
@@ -84,12 +89,14 @@ _UNTIED = {"tie_word_embeddings": False}
 
 SMALL = {
     "dense": Case(_dense(6, 3, 16), stored=torch.float32),
-    "dense_bias_untied": Case(_dense(5, 1, 8, use_bias=True, **_UNTIED)),
+    "dense_bias_untied": Case(_dense(5, 1, 8, use_bias=True, **_UNTIED), gradients=True),
     "moe_ratio1": Case(_moe(3, 4, 4, 8, 2, 1), stored=torch.float32),
-    "moe_interval2": Case(_moe(4, 4, 2, 8, 3, 2, moe_layer_start_index=0, moe_layer_interval=2)),
+    "moe_interval2": Case(_moe(4, 4, 2, 8, 3, 2, moe_layer_start_index=0, moe_layer_interval=2), gradients=True),
     "moe_range": Case(_moe(4, 5, 1, 8, 2, 1, hidden_size=40, moe_layer_start_index=1, moe_layer_end_index=2)),
     "moe_bias_tied": Case(_moe(3, 4, 2, 8, 2, 2, use_bias=True)),
-    "moe_bias_untied_norm_min": Case(_moe(2, 4, 2, 8, 2, 1, use_bias=True, moe_norm_min=0.6, **_UNTIED)),
+    "moe_bias_untied_norm_min": Case(
+        _moe(2, 4, 2, 8, 2, 1, use_bias=True, moe_norm_min=0.6, **_UNTIED), gradients=True
+    ),
     "like_21b": Case(_moe(3, 20, 4, 32, 6, 2, hidden_size=80, intermediate_size=96, moe_intermediate_size=8)),
     "like_300b": Case(_moe(5, 8, 1, 64, 8, 0, moe_intermediate_size=8, moe_layer_start_index=3, **_UNTIED)),
 }
@@ -327,6 +334,25 @@ def detailed(model, rounded, exact, prompt: list[int], counts) -> dict[str, np.n
     return arrays | {"experts_bfloat16": narrow.routed("experts").astype(np.uint8)}
 
 
+def write_gradients(case: Case, folder: pathlib.Path) -> None:
+    """Write the gradients of a case whose checkpoint and sequences are in a folder."""
+    model = load(folder / "checkpoint", torch.float32)
+    model.get_input_embeddings().padding_idx = None  # token 0 is one like others here, and has its gradient
+    with np.load(folder / "expected.npz") as arrays:
+        sequences = [torch.tensor(arrays[f"tokens_{i}"], dtype=torch.int64) for i in range(len(case.lengths))]
+    with torch.enable_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(
+                model(tokens[None, :-1], use_cache=False).logits[0], tokens[1:], reduction="sum"
+            )
+            for tokens in sequences
+        ]
+        (sum(losses) / sum(len(tokens) - 1 for tokens in sequences)).backward()
+    for p in model.parameters():
+        p.data = torch.zeros_like(p) if p.grad is None else p.grad  # a correction bias has none
+    model.save_pretrained(folder / "gradients")
+
+
 def write_case(name: str, case: Case, seed: int, out: pathlib.Path) -> dict:
     """Write one case; return what was counted."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
@@ -335,6 +361,8 @@ def write_case(name: str, case: Case, seed: int, out: pathlib.Path) -> dict:
     build(case, generator).save_pretrained(checkpoint, max_shard_size=case.shard)
     arrays, counts = expectations(case, checkpoint, generator)
     np.savez_compressed(out / name / "expected.npz", **arrays)
+    if case.gradients:
+        write_gradients(case, out / name)
     return counts
 
 
@@ -343,12 +371,18 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="folder to write, which must not exist")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full_width", action="store_true", help="write the released models' widths, too: 3 GB")
+    parser.add_argument("--gradients", type=pathlib.Path, help="write only gradients, into this folder of cases")
     parser.add_argument("--load", type=pathlib.Path, help="only load this checkpoint and print its next token")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     transformers.utils.logging.disable_progress_bar()
     if args.load:
         print(int(load(args.load, "auto")(torch.tensor([[1, 2, 3]])).logits[0, -1].argmax()))
+        return
+    if args.gradients:
+        for name, case in SMALL.items():
+            if case.gradients:
+                write_gradients(case, args.gradients / name)
         return
     summary = {"seed": args.seed, "torch": torch.__version__, "transformers": transformers.__version__, "cases": {}}
     for name, case in (SMALL | FULL_WIDTH if args.full_width else SMALL).items():
