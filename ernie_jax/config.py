@@ -17,7 +17,7 @@ from etils import epath
 from ernie_jax.errors import UserError
 
 MODEL_TYPES = ("ernie4_5", "ernie4_5_moe")
-QUANTIZED_FORMS = ("int8",)
+QUANTIZED_FORMS = ("int8", "fp8", "int4")
 # Paddle's config files name no model_type.
 _ARCHITECTURES = {"Ernie4_5_ForCausalLM": "ernie4_5", "Ernie4_5_MoeForCausalLM": "ernie4_5_moe"}
 
@@ -54,8 +54,8 @@ class ModelConfig:
     """Describe one ERNIE 4.5 text model; field names are Hugging Face's.
 
     Attributes:
-      quantize: "int8" where the weights of attention, MLPs and experts are stored so; None: all are floating-point. A
-        checkpoint's manifest says it, not its config.json.
+      quantize: "int8", "fp8" or "int4" where the weights of attention, MLPs and experts are stored so; None: all are
+        floating-point. A checkpoint's manifest says it, not its config.json.
 
     Raises:
       UserError: if a combination of fields describes no valid model; the sentence names the field.

@@ -30,6 +30,7 @@ from ernie_jax.ops import (
     experts_half_problem,
     grouped_mlp,
     linear,
+    quantized_specs,
     rms_norm,
     route,
     swiglu,
@@ -109,8 +110,8 @@ ALL_ROWS = GroupRows()
 class Linear(nnx.Module):
     """An affine map between named axes; the weight is [*out, *in].
 
-    A quantised one has beside its `weight`, then int8, a `scale` [*out]. One with an adapter (see `adapters`) has a
-    `lora_a` and a `lora_b` as well.
+    A quantised one has beside its `weight`, then the values of a Quantized, its scales as `scale`. One with an adapter
+    (see `adapters`) has a `lora_a` and a `lora_b` as well.
     """
 
     def __init__(
@@ -118,8 +119,10 @@ class Linear(nnx.Module):
     ):
         shape, axes = (*out.values(), *into.values()), (*out, *into)
         if quantize:
-            self.weight = parameter(shape, axes, jnp.int8, "integers")
-            self.scale = parameter(tuple(out.values()), tuple(out), jnp.float32, "scales")
+            specs = quantized_specs(quantize, shape, len(out))
+            self.weight = parameter(specs.values.shape, axes, specs.values.dtype, quantize)
+            scale_axes = axes[: specs.scales.ndim]
+            self.scale = parameter(specs.scales.shape, scale_axes, specs.scales.dtype, f"{quantize} scale")
         else:
             self.weight = parameter(shape, axes, dtype)
         self.inputs = len(into)

@@ -241,7 +241,17 @@ def _drawer(kind: str, shape, dtype, sharding):
         "normal": lambda key, scale: (jax.random.normal(key, shape, dtype) * scale).astype(dtype),
         "ones": lambda key, scale: jnp.ones(shape, dtype),
         "zeros": lambda key, scale: jnp.zeros(shape, dtype),
-        "integers": lambda key, scale: jax.random.randint(key, shape, -127, 128, dtype),
-        "scales": lambda key, scale: jnp.full(shape, scale / math.sqrt((255**2 - 1) / 12), dtype),
+        "int8": lambda key, scale: jax.random.randint(key, shape, -127, 128, dtype),
+        "int8 scale": lambda key, scale: jnp.full(shape, scale / math.sqrt((255**2 - 1) / 12), dtype),
+        "fp8": lambda key, scale: jax.random.normal(key, shape, jnp.bfloat16).astype(dtype),
+        "fp8 scale": lambda key, scale: jnp.full(shape, scale, dtype),
+        "int4": lambda key, scale: _draw_int4(key, shape),
+        "int4 scale": lambda key, scale: jnp.full(shape, scale / math.sqrt((15**2 - 1) / 12), dtype),
     }
     return jax.jit(draws[kind], out_shardings=sharding)
+
+
+def _draw_int4(key, shape):
+    """Draw numbers from -7 to 7, whose mean is zero."""
+    low, high = jax.random.randint(key, (2, *shape), 1, 16, jnp.uint8)
+    return low | high << 4

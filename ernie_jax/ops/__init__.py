@@ -31,7 +31,15 @@ from ernie_jax.ops.halves import (
 )
 from ernie_jax.ops.norm import rms_norm
 from ernie_jax.ops.precision import LINEAR_BACKENDS, default_linear_backend, einsum, linear, swiglu
-from ernie_jax.ops.quantized import Quantized, check_takes_quantized, dequantize, quantize
+from ernie_jax.ops.quantized import (
+    Quantized,
+    check_takes_quantized,
+    dequantize,
+    form_of,
+    group_size,
+    quantize,
+    quantized_specs,
+)
 from ernie_jax.ops.router import ROUTER_BACKENDS, default_router_backend, norm_route, route
 
 __all__ = [
@@ -63,6 +71,8 @@ __all__ = [
     "exchange_mlp",
     "experts_half",
     "experts_half_problem",
+    "form_of",
+    "group_size",
     "grouped_mlp",
     "linear",
     "norm_route",
@@ -70,6 +80,7 @@ __all__ = [
     "paged_attention",
     "pads_queries",
     "quantize",
+    "quantized_specs",
     "rms_norm",
     "route",
     "swiglu",

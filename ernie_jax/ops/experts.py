@@ -12,7 +12,7 @@ from ernie_jax.ops.blocks import by_blocks
 from ernie_jax.ops.gmm import by_gmm
 from ernie_jax.ops.mosaic import MOST_ALONG, by_mosaic, mosaic_problem
 from ernie_jax.ops.precision import einsum, swiglu
-from ernie_jax.ops.quantized import Quantized, check_takes_quantized
+from ernie_jax.ops.quantized import Quantized, check_takes_quantized, form_of
 from ernie_jax.ops.stream import FEW, by_stream, experts_problem
 
 
@@ -50,7 +50,7 @@ def grouped_mlp(
       UserError: if the backend does not take these shapes or dtypes.
     """
     if isinstance(gate_up, Quantized):
-        check_takes_quantized("expert", backend)
+        check_takes_quantized("expert", backend, gate_up.form)
     more = () if shared is None else (shared,)
     if backend == "mosaic":
         return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, shared, live)
@@ -103,7 +103,7 @@ def default_expert_backend(
         return "gather"
     if tokens <= 256 or (experts is not None and 2 * k >= experts):
         return "dense"
-    return "gmm" if platform == "tpu" and dtype != jnp.int8 else "blocks"
+    return "gmm" if platform == "tpu" and not form_of(dtype) else "blocks"
 
 
 def _dense(x, chosen, weights, gate_up, down, first_expert):

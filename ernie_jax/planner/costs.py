@@ -11,13 +11,14 @@ import functools
 import math
 from collections.abc import Iterable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.engine.cache import bytes_per_token
 from ernie_jax.model import Ernie
-from ernie_jax.ops import default_exchange_backend
+from ernie_jax.ops import default_exchange_backend, form_of
 from ernie_jax.planner.hlo import Collective, merge, sent_fraction
 from ernie_jax.planner.topology import Topology
 from ernie_jax.sharding import PRESETS, Layout
@@ -25,12 +26,17 @@ from ernie_jax.sharding import PRESETS, Layout
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter: its dotted name, shape, logical axes, and bytes of an element."""
+    """One parameter: its dotted name, shape, logical axes, and bytes of an element.
+
+    Attributes:
+      weights: how many an element of a matrix stands for: 2 where they are packed; 0 of scales and vectors.
+    """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     itemsize: int
+    weights: int
 
     def local(self, layout: Layout) -> int:
         """Count the elements that a device holds."""
@@ -42,10 +48,13 @@ def leaves(config: ModelConfig, dtype: jnp.dtype) -> tuple[Leaf, ...]:
     """List the parameters of a model."""
     flat = nnx.to_flat_state(nnx.state(Ernie(config, dtype)))
     return tuple(
-        Leaf(".".join(map(str, path)), value.shape, variable.get_metadata("axes"), value.dtype.itemsize)
-        for path, variable in flat
-        for value in [variable.get_value()]
+        _leaf(".".join(map(str, path)), variable.get_value(), variable.get_metadata("axes")) for path, variable in flat
     )
+
+
+def _leaf(name: str, value: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> Leaf:
+    weights = 0 if name.endswith(".scale") or value.ndim == 1 else 2 if form_of(value.dtype) == "int4" else 1
+    return Leaf(name, value.shape, axes, value.dtype.itemsize, weights)
 
 
 def weight_bytes(config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> int:
@@ -115,12 +124,11 @@ def step_cost(config: ModelConfig, dtype: jnp.dtype, layout: Layout, load: Load)
         if ".experts." in leaf.name:
             chosen = config.moe_k / config.moe_num_experts
             moved += local * leaf.itemsize * (1 - (1 - chosen) ** load.tokens)
-            flops += 2 * local * chosen * load.tokens
+            flops += 2 * local * leaf.weights * chosen * load.tokens
             continue
         moved += local * leaf.itemsize
-        if len(leaf.shape) > 1:
-            rows = load.rows if leaf.name.startswith(("embed.", "head.")) else tokens
-            flops += 2 * local * (load.group_tokens if ".attention." in leaf.name else rows)
+        rows = load.rows if leaf.name.startswith(("embed.", "head.")) else tokens
+        flops += 2 * local * leaf.weights * (load.group_tokens if ".attention." in leaf.name else rows)
     heads = config.num_attention_heads // layout.size("kv_head")
     flops += 4 * config.num_hidden_layers * heads * config.head_dim * load.attended
     cache = (load.cached + load.group_tokens) * token_bytes(config, dtype, layout)  # read, and the new ones written

@@ -1,86 +1,138 @@
-"""Rounding to int8, and products with quantised weights against float64."""
+"""Rounding to each form, and products with quantised weights against float64."""
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from ernie_jax.config import QUANTIZED_FORMS
 from ernie_jax.errors import UserError
-from ernie_jax.ops import Quantized, check_takes_quantized, default_expert_backend, dequantize, grouped_mlp, linear
-from ernie_jax.ops import quantize as round_to_int8
+from ernie_jax.ops import (
+    Quantized,
+    check_takes_quantized,
+    default_expert_backend,
+    dequantize,
+    grouped_mlp,
+    linear,
+    quantize,
+    quantized_specs,
+)
 from tests.ops import test_experts
+
+FORMS = pytest.mark.parametrize("form", QUANTIZED_FORMS)
 
 
 def place(weight: Quantized) -> Quantized:
     return jax.tree.map(jnp.asarray, weight)
 
 
-def plain_error(rows):
-    """Return the squared error by channel of rounding without clipping."""
-    steps = np.abs(rows).max(1, keepdims=True) / 127
-    return ((np.rint(rows / steps) * steps - rows) ** 2).sum(1)
+def plain_error(rows, form):
+    """Return the squared error of the simplest rounding: the largest weight is the largest value."""
+    size = 128 if form == "int4" else rows.shape[1]
+    rows = rows.reshape(-1, size)
+    steps = np.abs(rows).max(1, keepdims=True) / {"int8": 127, "fp8": 448, "int4": 7}[form]
+    exact = rows / steps
+    rounded = exact.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) if form == "fp8" else np.rint(exact)
+    return ((rounded * steps - rows) ** 2).sum()
 
 
-def test_rounding_is_at_least_as_good_as_without_clipping(rng):
+@pytest.mark.parametrize(
+    ("form", "gain", "relative"), [("int8", 0.99, 0.009), ("fp8", 0.97, 0.027), ("int4", 0.7, 0.1)]
+)
+def test_rounding_is_better_than_the_simplest(form, gain, relative, rng):
     rows = rng.normal(size=(200, 2560)).astype(np.float32)
-    quantized = round_to_int8(rows)
-    assert quantized.values.dtype == np.int8 and quantized.scales.dtype == np.float32
-    assert np.abs(quantized.values.astype(int)).max() == 127
-    error = ((dequantize(quantized) - rows) ** 2).sum(1)
-    assert (error <= plain_error(rows) * 1.001).all()
-    assert error.sum() < 0.99 * plain_error(rows).sum()
+    error = ((dequantize(quantize(rows, 1, form)) - rows) ** 2).sum()
+    assert error < gain * plain_error(rows, form)
+    assert error < relative**2 * (rows**2).sum()
 
 
-def test_rounding_has_a_scale_for_each_output(rng):
+@pytest.mark.parametrize(("form", "relative"), [("int8", 0.015), ("fp8", 0.03), ("int4", 0.16)])
+def test_rounding_has_a_scale_for_each_output(form, relative, rng):
     weight = rng.normal(size=(3, 2, 5, 64)) * 10.0 ** rng.integers(-9, 9, (3, 2, 5, 1))
-    quantized = round_to_int8(weight, outputs=3)
-    assert quantized.values.shape == weight.shape and quantized.scales.shape == (3, 2, 5)
-    relative = np.linalg.norm(dequantize(quantized) - weight, axis=-1) / np.linalg.norm(weight, axis=-1)
-    assert relative.max() < 0.015
-    again = round_to_int8(weight.reshape(30, 64))
-    np.testing.assert_array_equal(again.values.reshape(weight.shape), quantized.values)
+    quantized, specs = quantize(weight, 3, form), quantized_specs(form, weight.shape, 3)
+    for array, spec in zip(jax.tree.leaves(quantized), jax.tree.leaves(specs), strict=True):
+        assert array.shape == spec.shape and array.dtype == spec.dtype
+    assert quantized.shape == weight.shape and quantized.size == weight.size and quantized.form == form
+    error = np.linalg.norm(dequantize(quantized) - weight, axis=-1) / np.linalg.norm(weight, axis=-1)
+    assert error.max() < relative
+    again = quantize(weight.reshape(30, 64), 1, form)
+    np.testing.assert_array_equal(dequantize(again).reshape(weight.shape), dequantize(quantized))
+    np.testing.assert_array_equal(dequantize(quantized[1, 0]), dequantize(quantized)[1, 0])
+    np.testing.assert_array_equal(dequantize(quantized.as_matrix(64)), dequantize(again))
 
 
-def test_rounding_of_zeros_and_of_what_is_not_finite():
-    quantized = round_to_int8(np.zeros((2, 8), np.float32))
-    np.testing.assert_array_equal(dequantize(quantized), 0)
+@pytest.mark.parametrize(("inputs", "group"), [(256, 128), (192, 64), (96, 32), (48, 16)])
+def test_int4_is_packed_in_halves_of_a_group(inputs, group, rng):
+    weight = rng.normal(size=(6, inputs)).astype(np.float32)
+    quantized = quantize(weight, 1, "int4")
+    assert quantized.group == group and quantized.values.shape == (6, inputs // 2)
+    wanted = np.empty_like(weight)
+    for (row, column), byte in np.ndenumerate(quantized.values):
+        first, j = divmod(column, group // 2)
+        scale = np.float32(quantized.scales[row, first])
+        wanted[row, first * group + j] = (int(byte & 15) - 8) * scale
+        wanted[row, first * group + j + group // 2] = (int(byte >> 4) - 8) * scale
+    np.testing.assert_array_equal(dequantize(quantized), wanted)
+    steps = np.abs(quantized.scales.astype(np.float32)).repeat(group, axis=1)
+    # Nothing is further from its weight than half a step, but for those cut off.
+    far = np.abs(wanted - weight) > 0.501 * steps
+    assert far.mean() < 0.05 and (np.abs(wanted)[far] >= 7 * steps[far] * 0.999).all()
+
+
+def test_int4_of_a_width_without_groups():
+    with pytest.raises(UserError, match="int4: 40 inputs are no multiple of 16; choose --quantize=int8 or fp8"):
+        quantize(np.ones((2, 40), np.float32), 1, "int4")
+
+
+@FORMS
+def test_rounding_of_zeros_and_of_what_is_not_finite(form):
+    for number in (0, 1e-44, -3e38):
+        weight = np.full((2, 32), number, np.float32)
+        assert np.abs(dequantize(quantize(weight, 1, form)) - weight).max() <= max(1e-44, abs(number) * 0.07)
     for bad in (np.nan, np.inf):
         with pytest.raises(ValueError, match="not finite"):
-            round_to_int8(np.array([[1, bad]], np.float32))
+            quantize(np.array([[1, bad] * 16], np.float32), 1, form)
 
 
 CASES = [
     ("...d,krhd->...krh", (4, 32), (2, 3, 8, 32), 3),
-    ("...krh,dkrh->...d", (4, 2, 3, 8), (32, 2, 3, 8), 1),
-    ("...d,xfd->...xf", (1500, 32), (2, 24, 32), 2),
+    ("...krh,dkrh->...d", (4, 2, 3, 16), (32, 2, 3, 16), 1),
+    ("...d,xfd->...xf", (1500, 256), (2, 24, 256), 2),
 ]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 3e-3)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 @pytest.mark.parametrize("biased", [False, True])
-def test_linear_matches_float64(case, dtype, bound, biased, rng):
+@FORMS
+def test_linear_matches_float64(case, dtype, bound, biased, form, rng):
     subscripts, x_shape, shape, outputs = case
     x = jnp.asarray(rng.normal(size=x_shape), dtype)
-    weight = round_to_int8(rng.normal(size=shape), outputs)
+    weight = quantize(rng.normal(size=shape), outputs, form)
     bias = jnp.asarray(rng.normal(size=shape[:outputs]), dtype) if biased else None
     out = jax.jit(linear, static_argnums=0)(subscripts, x, place(weight), bias)
-    values, scales = (np.asarray(a, np.float64) for a in (weight.values, weight.scales))
-    exact = values * scales.reshape(*scales.shape, *(1,) * (values.ndim - outputs))
-    expected = np.einsum(subscripts, np.asarray(x, np.float64), exact)
+    expected = np.einsum(subscripts, np.asarray(x, np.float64), dequantize(weight).astype(np.float64))
     if biased:
         expected += np.asarray(bias, np.float64)
     assert out.dtype == dtype
     assert np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected) < bound
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1.5e-2)])
 @pytest.mark.parametrize(
-    ("backend", "tokens"), [("dense", 1), ("dense", 300), ("gather", 3), ("blocks", 3), ("blocks", 300)]
+    ("backend", "tokens", "dtype", "bound"),
+    [
+        ("dense", 1, jnp.bfloat16, 1.5e-2),
+        ("dense", 300, jnp.float32, 1e-5),
+        ("gather", 2, jnp.float32, 1e-5),
+        ("blocks", 3, jnp.float32, 1e-5),
+        ("blocks", 300, jnp.bfloat16, 1.5e-2),
+    ],
 )
-def test_experts_match_float64(backend, tokens, dtype, bound, rng):
-    x, chosen, weights, *exact = test_experts.draw(rng, tokens, 3, 8, 24, 32, dtype)
-    gate_up, down = (round_to_int8(np.asarray(w, np.float32), w.ndim - 1) for w in exact)
+@FORMS
+def test_experts_match_float64(backend, tokens, dtype, bound, form, rng):
+    x, chosen, weights, *exact = test_experts.draw(rng, tokens, 3, 8, 32, 64, dtype)
+    gate_up, down = (quantize(np.asarray(w, np.float32), w.ndim - 1, form) for w in exact)
     run = jax.jit(grouped_mlp, static_argnums=5)
     out = run(x, chosen, weights, place(gate_up), place(down), backend)
     expected = test_experts.reference(x, chosen, weights, dequantize(gate_up), dequantize(down))
@@ -98,11 +150,12 @@ def test_experts_match_float64(backend, tokens, dtype, bound, rng):
     ("op", "backend"),
     [("expert", "cuda"), ("expert", "mosaic"), ("expert", "gmm"), ("linear", "cuda"), ("halves", "cuda")],
 )
-def test_kernels_that_do_not_take_int8_say_so(op, backend, rng):
-    sentence = f"{op} backend {backend} does not take int8 weights; leave it out or choose"
+@FORMS
+def test_kernels_that_do_not_take_a_form_say_so(form, op, backend, rng):
+    sentence = f"{op} backend {backend} does not take {form} weights; leave it out or choose"
     with pytest.raises(UserError, match=sentence):
-        check_takes_quantized(op, backend)
-    weight = place(round_to_int8(rng.normal(size=(8, 2, 24, 32)), 3))
+        check_takes_quantized(op, backend, form)
+    weight = place(quantize(rng.normal(size=(8, 2, 24, 32)), 3, form))
     if op == "expert":
         with pytest.raises(UserError, match=sentence):
             grouped_mlp(jnp.zeros((1, 32)), jnp.zeros((1, 1), int), jnp.ones((1, 1)), weight, weight, backend)
@@ -113,6 +166,7 @@ def test_kernels_that_do_not_take_int8_say_so(op, backend, rng):
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("tokens", [1, 2, 64, 300, 4096])
-def test_default_experts_backend_takes_int8(platform, tokens):
-    backend = default_expert_backend(tokens, 6, platform, 64, 64, 2560, 1536, jnp.dtype(jnp.int8))
-    check_takes_quantized("expert", backend)
+@FORMS
+def test_default_experts_backend_takes_every_form(form, platform, tokens):
+    dtype = quantized_specs(form, (64, 2560, 1536), 2).dtype
+    check_takes_quantized("expert", default_expert_backend(tokens, 6, platform, 64, 64, 2560, 1536, dtype), form)
