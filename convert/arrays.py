@@ -15,7 +15,7 @@ from etils import epath
 from convert.table import Placement, scale_path
 from convert.target import STATE
 from ernie_jax.errors import UserError
-from ernie_jax.ops import Quantized, dequantize
+from ernie_jax.ops import Quantized, dequantize, form_of
 from ernie_jax.paths import is_local
 
 CACHE_BYTES = 128 << 20  # so that a chunk of gate and up is read once for the tensors of both
@@ -28,19 +28,21 @@ class Slab:
 
     Attributes:
       scales: of quantised elements.
+      packed: how many elements of the tensor are one of what is stored.
     """
 
     start: int
     view: ts.TensorStore
     where: str
     scales: ts.TensorStore | None = None
+    packed: int = 1
 
     @property
     def size(self) -> int:
-        return self.view.size
+        return self.view.size * self.packed
 
     def read(self) -> np.ndarray:
-        """Return the elements, [size], in their stored dtype.
+        """Return what is stored, flat.
 
         Raises:
           UserError: if the file that holds them is missing or damaged.
@@ -82,14 +84,16 @@ class Arrays:
             array = self._arrays[placement.parameter]
             view = (array[block] if block else array)[ts.d[0].translate_to[0]]
             itemsize, scales = array.dtype.numpy_dtype.itemsize, self._arrays.get(scale_path(placement.parameter))
+            packed = 2 if form_of(array.dtype.numpy_dtype) == "int4" else 1
             if scales is not None:
-                itemsize, scales = 4, (scales[block] if block else scales)[ts.d[0].translate_to[0]]
+                itemsize, scales = 4 * packed, (scales[block] if block else scales)[ts.d[0].translate_to[0]]
             step = max(1, _SLAB_BYTES // (view.size // view.shape[0] * itemsize))
             for first in range(0, view.shape[0], step):
                 rows = slice(first, min(first + step, view.shape[0]))
                 part = view[rows]
-                yield Slab(start, part, self._where(placement.parameter), None if scales is None else scales[rows])
-                start += part.size
+                some = None if scales is None else scales[rows]
+                yield (slab := Slab(start, part, self._where(placement.parameter), some, packed))
+                start += slab.size
 
     def _where(self, path: str) -> str:
         return f"{self._directory}: parameter {path}"

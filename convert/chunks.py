@@ -1,7 +1,7 @@
 """Chunks: the files in which a parameter is stored, and how each is filled from source tensors.
 
 A parameter is cut along its leading axes only, so that a chunk is a run of consecutive elements, and a conversion of
-any size holds a few chunks in memory. A quantised one is cut between output channels, and its scales alike.
+any size holds a few chunks in memory. A quantised one is cut between weights that share no scale, and its scales alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from convert.shards import StoredTensor, TensorReader
 from convert.table import Placement, scale_path
 from ernie_jax.errors import UserError
-from ernie_jax.ops import quantize
+from ernie_jax.ops import form_of, quantize
 
 CHUNK_BYTES = 32 << 20  # of a quantised parameter before it is
 _EXACT = np.dtype(np.float32)  # in which weights are read to be quantised
@@ -25,7 +25,7 @@ _EXACT = np.dtype(np.float32)  # in which weights are read to be quantised
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Consecutive elements of a parameter, from `start`, that come from consecutive ones of a tensor."""
+    """Consecutive weights of a parameter, from `start`, that come from consecutive elements of a tensor."""
 
     start: int
     count: int
@@ -53,6 +53,11 @@ class Parameter:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def packed(self) -> int:
+        """How many weights are an element."""
+        return 2 if form_of(self.dtype) == "int4" else 1
 
     def chunks(self) -> Iterator[Chunk]:
         """List the chunks in the order of their elements."""
@@ -85,9 +90,9 @@ class Chunk:
         """The chunk with the scales of this one's values."""
         if (parameter := self.parameter.scales) is None:
             return None
-        outputs, inner = len(parameter.shape), math.prod(self.parameter.shape[len(parameter.shape) :])
-        key = ".".join(self.key.split(".")[:outputs])
-        return Chunk(parameter, key, self.start // inner, self.count // inner, self.size // inner)
+        each = math.prod(self.parameter.shape) // math.prod(parameter.shape)
+        key = ".".join(self.key.split(".")[: len(parameter.shape)])
+        return Chunk(parameter, key, self.start // each, self.count // each, self.size // each)
 
     @property
     def written_bytes(self) -> int:
@@ -97,16 +102,18 @@ class Chunk:
     @property
     def buffer_bytes(self) -> int:
         """How many bytes `fill` needs."""
-        return self.size * (self.parameter.dtype if self.scales is None else _EXACT).itemsize
+        if self.scales is None:
+            return self.nbytes
+        return self.size * self.parameter.packed * _EXACT.itemsize
 
     def pieces(self) -> Iterator[tuple[Run, int, int]]:
-        """Yield each run that the chunk overlaps, with the first and last element of the overlap in the parameter."""
-        runs = self.parameter.runs
-        first = bisect.bisect_right(runs, self.start, key=lambda run: run.start) - 1
+        """Yield each run that the chunk overlaps, with the first and last weight of the overlap in the parameter."""
+        runs, start, count = self.parameter.runs, *(n * self.parameter.packed for n in (self.start, self.count))
+        first = bisect.bisect_right(runs, start, key=lambda run: run.start) - 1
         for run in itertools.islice(runs, first, None):
-            if run.start >= self.start + self.count:
+            if run.start >= start + count:
                 return
-            yield run, max(run.start, self.start), min(run.start + run.count, self.start + self.count)
+            yield run, max(run.start, start), min(run.start + run.count, start + count)
 
     def sources(self) -> set[str]:
         """Name the files that the chunk needs."""
@@ -124,16 +131,16 @@ class Chunk:
         Raises:
           UserError: if weights that are to be quantised are not finite.
         """
-        scales = self.scales
+        scales, packed = self.scales, self.parameter.packed
         elements = buffer[: self.buffer_bytes].view(self.parameter.dtype if scales is None else _EXACT)
         for run, first, last in self.pieces():
-            out = elements[first - self.start : last - self.start]
+            out = elements[first - self.start * packed : last - self.start * packed]
             reader.read(run.tensor, run.source_start + first - run.start, out, run.transposed)
-        elements[self.count :] = 0
+        elements[self.count * packed :] = 0
         if scales is None:
             return [(self, elements.view(np.uint8))]
         try:
-            quantized = quantize(elements.reshape(scales.size, -1))
+            quantized = quantize(elements.reshape(scales.size, -1), form=form_of(self.parameter.dtype))
         except ValueError as error:
             names = ", ".join(run.tensor.name for run, _, _ in self.pieces())
             raise UserError(f"one of {names} {error}; it cannot be quantised") from None
@@ -147,13 +154,15 @@ def plan_parameters(
     """Lay out every parameter: its chunks and the runs that fill it.
 
     Args:
-      shapes, dtypes: of every parameter, by path. Those in int8 are quantised, and have a sibling "scale".
+      shapes, dtypes: of every parameter, by path. Those in the dtype of a form are quantised, and have a sibling
+        "scale".
     """
+    weights = {path: _weights(shape, dtypes[path]) for path, shape in shapes.items()}
     runs: dict[str, list[Run]] = {path: [] for path in shapes}
     for placement in placements:
         source_start = 0
         for block in placement.blocks:
-            for start, count in _block_runs(shapes[placement.parameter], block):
+            for start, count in _block_runs(weights[placement.parameter], block):
                 run = Run(start, count, placement.tensor, source_start, placement.transposed)
                 runs[placement.parameter].append(run)
                 source_start += count
@@ -163,17 +172,25 @@ def plan_parameters(
             continue  # laid out with its values
         ordered = sorted(runs[path], key=lambda run: run.start)
         ends = itertools.accumulate((run.count for run in ordered), initial=0)
-        assert [run.start for run in ordered] + [math.prod(shape)] == list(ends), f"{path} is not covered once"
-        itemsize, outputs, scales = dtypes[path].itemsize, len(shape), None
-        if quantized := dtypes[path] == np.int8:
+        assert [run.start for run in ordered] + [math.prod(weights[path])] == list(ends), f"{path} is not covered once"
+        itemsize, axes, scales = dtypes[path].itemsize, len(shape), None
+        if quantized := form_of(dtypes[path]) is not None:
             scale = scale_path(path)
-            itemsize, outputs = _EXACT.itemsize, len(shapes[scale])
-        chunk = _chunk_shape(shape, itemsize, outputs, single_experts=".experts." in path)
+            itemsize, axes = _EXACT.itemsize, min(len(shapes[scale]), len(shape) - 1)
+        chunk = _chunk_shape(weights[path], itemsize, axes, single_experts=".experts." in path)
+        chunk = (*chunk[:-1], chunk[-1] * shape[-1] // weights[path][-1])
         if quantized:
-            scales = Parameter(scale, shapes[scale], _EXACT, chunk[:outputs], ())
+            scales = Parameter(
+                scale, shapes[scale], dtypes[scale], (*chunk[:axes], *shapes[scale][axes:]), ()
+            )
             parameters.append(scales)
         parameters.append(Parameter(path, shape, dtypes[path], chunk, tuple(ordered), scales))
     return parameters
+
+
+def _weights(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """Return the shape of what is stored in a shape."""
+    return (*shape[:-1], 2 * shape[-1]) if form_of(dtype) == "int4" else shape
 
 
 def _block_runs(shape: tuple[int, ...], block: tuple) -> list[tuple[int, int]]:

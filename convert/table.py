@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert.shards import StoredTensor
@@ -199,22 +199,24 @@ def parameter_dtypes(
 ) -> dict[str, np.dtype]:
     """Choose the dtype in which each parameter is stored.
 
-    Router tensors stay float32, and quantised ones are int8. All others take the requested dtype or, without one, keep
-    their own; where the tensors of one fused parameter differ, it is float32, which holds them all.
+    Router tensors stay float32, and quantised ones and their scales are as the form says. All others take the requested
+    dtype or, without one, keep their own; where the tensors of one fused parameter differ, it is float32, which holds
+    them all.
     """
     found: dict[str, set[np.dtype]] = {}
     for placement in placements:
         found.setdefault(placement.parameter, set()).add(placement.tensor.numpy_dtype)
-    float32 = np.dtype(np.float32)
+    specs = parameter_specs(config)
 
-    def choose(spec: jax.ShapeDtypeStruct, dtypes: set[np.dtype]) -> np.dtype:
-        if spec.dtype in (float32, np.int8):  # the specs ask for bfloat16 wherever they may
-            return spec.dtype
+    def choose(path: str, dtypes: set[np.dtype]) -> np.dtype:
+        dtype = specs[path].dtype
+        if dtype != jnp.bfloat16 or path.endswith(".scale"):  # the specs ask for bfloat16 wherever they may
+            return dtype
         if requested is not None:
             return requested
-        return next(iter(dtypes)) if len(dtypes) == 1 else float32
+        return next(iter(dtypes)) if len(dtypes) == 1 else np.dtype(np.float32)
 
-    return {path: choose(spec, found.get(path, set())) for path, spec in parameter_specs(config).items()}
+    return {path: choose(path, found.get(path, set())) for path in specs}
 
 
 def scale_path(weight: str) -> str:

@@ -108,7 +108,8 @@ class Target:
     def _add(self, parameter: Parameter) -> None:
         directory = self.path / STATE / parameter.path
         directory.mkdir(parents=True, exist_ok=True)
-        name = "bfloat16" if parameter.dtype.name == "bfloat16" else parameter.dtype.newbyteorder("<").str
+        known = parameter.dtype.isbuiltin == 1
+        name = parameter.dtype.newbyteorder("<").str if known else parameter.dtype.name  # bfloat16, float8_e4m3fn
         array = {"zarr_format": 2, "shape": parameter.shape, "chunks": parameter.chunk_shape, "dtype": name}
         array |= {"order": "C", "dimension_separator": ".", "compressor": None, "filters": None, "fill_value": None}
         _write_json(directory / ".zarray", array)

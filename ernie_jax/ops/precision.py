@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from ernie_jax.ops import stream
 from ernie_jax.ops.adapted import Adapted
-from ernie_jax.ops.quantized import INT4, Quantized, check_takes_quantized, int4_operands, planes
+from ernie_jax.ops.int4 import int4_einsum
+from ernie_jax.ops.quantized import INT4, Quantized, check_takes_quantized
 from ernie_jax.ops.stream import linear_problem
 
 _MANY = 1024  # tokens whose products fill a GPU with tiles, so that no library splits the contracted axis
@@ -25,16 +26,14 @@ def einsum(
 ) -> jax.Array:
     """Contract two arrays, accumulating in float32 and rounding once to `out_dtype` (default: that of `x`).
 
-    A quantised `y` is [*out, *in]; only its last axis in int4 needs to be the last of `x`.
+    A quantised `y` is [*out, *in]. In int4 only the last axis of both may be contracted.
     """
     if isinstance(y, Adapted):
         first, second = y.low_rank(subscripts)
         more = einsum(second, einsum(first, x, y.down), y.up, jnp.float32)
         return (einsum(subscripts, x, y.weight, jnp.float32) + more).astype(out_dtype or x.dtype)
     if isinstance(y, Quantized) and y.form == INT4:
-        products = zip(planes(x, y.group), int4_operands(y, x.dtype), strict=True)
-        low, high = (einsum(subscripts, part, operand, jnp.float32) for part, operand in products)
-        return (low + high).astype(out_dtype or x.dtype)
+        return int4_einsum(subscripts, x, y, out_dtype or x.dtype)
     if isinstance(y, Quantized):
         inputs, output = subscripts.split("->")
         channels = inputs.split(",")[1][: y.scales.ndim]

@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -151,22 +150,6 @@ def dequantize(weight: Quantized) -> np.ndarray:
         steps = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float32) - 8
         return (steps * scales.reshape(-1, 1)).reshape(weight.shape)
     return values.astype(np.float32) * scales.reshape(*scales.shape, *(1,) * (values.ndim - scales.ndim))
-
-
-def int4_operands(weight: Quantized, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Return the two operands [*out, ..., last / 2] of a product with int4 weights, for those of `planes`."""
-    scales = jnp.repeat(weight.scales.astype(jnp.float32), weight.group // 2, axis=-1)
-
-    def operand(steps):
-        return ((steps.astype(jnp.int32) - 8).astype(jnp.float32) * scales).astype(dtype)
-
-    return operand(weight.values & 15), operand(weight.values >> 4)
-
-
-def planes(x: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
-    """Split x [..., D] into the inputs of the low and of the high four bits of int4 weights, each [..., D / 2]."""
-    halves = x.reshape(*x.shape[:-1], -1, 2, group // 2)
-    return tuple(halves[..., half, :].reshape(*x.shape[:-1], -1) for half in (0, 1))
 
 
 def check_takes_quantized(op: str, backend: str | None, form: str) -> None:

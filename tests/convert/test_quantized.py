@@ -11,10 +11,11 @@ import convert
 from convert import chunks, converter
 from ernie_jax import checkpoint
 from ernie_jax.cli.models import embedded_model
+from ernie_jax.config import QUANTIZED_FORMS
 from ernie_jax.errors import UserError
 from ernie_jax.llm import LLM
-from ernie_jax.ops import quantize
-from tests.convert.foreign import BF16, DENSE, MOE, Model, as_paddle, write
+from ernie_jax.ops import form_of, quantize
+from tests.convert.foreign import DENSE, MOE, Model, as_paddle, write
 from tests.convert.test_targets import chunk_times, interrupt, journaled
 
 
@@ -28,13 +29,19 @@ def read(directory) -> dict[str, np.ndarray]:
     return {name: array.read().result() for name, array in opened.items()}
 
 
-def expected(model: Model) -> dict[str, np.ndarray]:
+# Widths that int4 can cut into groups: several of them, of 32 and 16.
+SMALL = {"hidden_size": 96, "intermediate_size": 80, "moe_intermediate_size": 48}
+WIDE, NARROW = MOE | SMALL, DENSE | {"hidden_size": 64, "intermediate_size": 48}
+FORMS = pytest.mark.parametrize("form", QUANTIZED_FORMS)
+
+
+def expected(model: Model, form: str) -> dict[str, np.ndarray]:
     """Return what must be stored of a model, with each weight rounded whole."""
     found = {}
     for name, value in model.parameters.items():
         outputs = {"qkv": 3, "out": 1, "gate_up": value.ndim - 1, "down": value.ndim - 1}.get(name.split(".")[-2])
         if outputs and name.endswith("weight"):
-            weight = quantize(value, outputs)
+            weight = quantize(value, outputs, form)
             found |= {name: weight.values, name.removesuffix("weight") + "scale": weight.scales}
         else:
             found[name] = value
@@ -50,7 +57,7 @@ def assert_equal(found, wanted):
 
 @pytest.fixture
 def model(rng):
-    return Model(MOE, rng, mtp=1)
+    return Model(WIDE, rng, mtp=1)
 
 
 @pytest.fixture
@@ -63,79 +70,86 @@ def ours(tmp_path):
     return tmp_path / "ours"
 
 
-@pytest.mark.parametrize("fields", [MOE, MOE | {"use_bias": True}, DENSE], ids=["moe", "biases", "dense"])
-@pytest.mark.parametrize("chunk_bytes", [None, 64, 3000])
-def test_parameters(fields, chunk_bytes, rng, tmp_path, ours, monkeypatch):
+@pytest.mark.parametrize(
+    ("fields", "chunk_bytes"),
+    [(WIDE, None), (WIDE | {"use_bias": True}, 5000), (NARROW, 64)],
+    ids=["moe", "biases", "dense"],
+)
+@FORMS
+def test_parameters(form, fields, chunk_bytes, rng, tmp_path, ours, monkeypatch):
     if chunk_bytes:
         monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
     model = Model(fields, rng)
     source = model.save(tmp_path / "hf", 2)
-    convert.convert(str(source), str(ours), quantize="int8")
-    assert_equal(read(ours), expected(model))
+    convert.convert(str(source), str(ours), quantize=form)
+    assert_equal(read(ours), expected(model, form))
     assert convert.verify(str(source), str(ours)) == []
-    assert (
-        checkpoint.read_config(ours).quantize == json.loads((ours / "manifest.json").read_text())["quantize"] == "int8"
-    )
+    assert checkpoint.read_config(ours).quantize == json.loads((ours / "manifest.json").read_text())["quantize"] == form
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_paddle_layouts(grouped, model, tmp_path, ours, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
-    write(tmp_path / "paddle", MOE, as_paddle(model, grouped), shards=2)
-    convert.convert(str(tmp_path / "paddle"), str(ours), quantize="int8")
-    assert_equal(read(ours), expected(model))
+@pytest.mark.parametrize(("form", "grouped"), [("int8", True), ("fp8", False), ("int4", False), ("int4", True)])
+def test_paddle_layouts(form, grouped, model, tmp_path, ours, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5000)
+    write(tmp_path / "paddle", WIDE, as_paddle(model, grouped), shards=2)
+    convert.convert(str(tmp_path / "paddle"), str(ours), quantize=form)
+    assert_equal(read(ours), expected(model, form))
     assert convert.verify(str(tmp_path / "paddle"), str(ours)) == []
 
 
-def test_other_parameters_take_the_dtype_asked_for(rng, tmp_path, ours):
-    model = Model(MOE, rng, dtype=np.float32)
+@FORMS
+def test_other_parameters_take_the_dtype_asked_for(form, rng, tmp_path, ours):
+    model = Model(WIDE, rng, dtype=np.float32)
     source = model.save(tmp_path / "hf")
-    convert.convert(str(source), str(ours), dtype="bfloat16", quantize="int8")
-    wanted = expected(model)
-    kept = {name for name in wanted if ".router." in name or name.endswith(".scale") or wanted[name].dtype == np.int8}
-    assert_equal(read(ours), {name: x if name in kept else x.astype(BF16) for name, x in wanted.items()})
+    convert.convert(str(source), str(ours), dtype="float16", quantize=form)
+    wanted = expected(model, form)
+    kept = {name for name in wanted if ".router." in name or name.endswith(".scale") or form_of(wanted[name].dtype)}
+    assert_equal(read(ours), {name: x if name in kept else x.astype(np.float16) for name, x in wanted.items()})
     assert convert.verify(str(source), str(ours)) == []
 
 
-@pytest.mark.parametrize("after", [1, 5])
-def test_resume(after, model, source, ours, monkeypatch, capsys):
+@pytest.mark.parametrize(("form", "after"), [("int8", 1), ("int4", 5)])
+def test_resume(form, after, model, source, ours, monkeypatch, capsys):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(converter, "GROUP_BYTES", 4000)
     with monkeypatch.context() as broken:
         interrupt(broken, after, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            convert.convert(str(source), str(ours), quantize="int8")
+            convert.convert(str(source), str(ours), quantize=form)
     done, before = journaled(ours), chunk_times(ours)
-    for options in ({}, {"quantize": "int8", "dtype": "float32"}):
+    for options in ({}, {"quantize": form, "dtype": "float32"}):
         with pytest.raises(UserError, match="other files or options"):
             convert.convert(str(source), str(ours), **options)
-    convert.convert(str(source), str(ours), quantize="int8")
+    convert.convert(str(source), str(ours), quantize=form)
     assert "resuming at" in capsys.readouterr().err
     times = chunk_times(ours)
     assert done and all(times[name] == before[name] for name in done)
-    assert_equal(read(ours), expected(model))
+    assert_equal(read(ours), expected(model, form))
 
 
-def test_verify_tells_the_error_of_each_group(source, ours, capsys):
-    convert.convert(str(source), str(ours), quantize="int8")
+@pytest.mark.parametrize(("form", "least", "most"), [("int8", 0.2, 1.5), ("fp8", 2, 3), ("int4", 5, 11)])
+def test_verify_tells_the_error_of_each_group(form, least, most, source, ours, capsys):
+    convert.convert(str(source), str(ours), quantize=form)
     assert convert.verify(str(source), str(ours)) == []
     told = [line for line in capsys.readouterr().err.splitlines() if "relative error" in line]
     assert len({line.split(":")[0] for line in told}) == len(told) >= 8
     errors = [float(line.split()[-1].removesuffix("%")) for line in told]
-    assert 0.2 < min(errors) <= max(errors) < 1.5
+    assert least < min(errors) <= max(errors) < most
 
 
 @pytest.mark.parametrize("what", ["weight", "scale"])
-def test_verify_finds_wrong_numbers(what, source, ours):
-    convert.convert(str(source), str(ours), quantize="int8")
-    file = ours / f"params/state/layers.1.mlp.experts.down.{what}" / ("2.0.0" if what == "weight" else "2.0")
-    numbers = np.fromfile(file, np.int8 if what == "weight" else np.float32)
-    numbers[len(numbers) // 2 :] = np.roll(numbers[len(numbers) // 2 :], 1) * (1 if what == "weight" else 2)
+@pytest.mark.parametrize(("form", "most"), [("int8", 5), ("fp8", 5), ("int4", 20)])
+def test_verify_finds_wrong_numbers(form, most, what, source, ours):
+    convert.convert(str(source), str(ours), quantize=form)
+    name = f"layers.1.mlp.experts.down.{what}"
+    file = ours / f"params/state/{name}" / ("2.0" if what == "scale" and form != "int4" else "2.0.0")
+    numbers = np.fromfile(file, read(ours)[name].dtype)
+    half = numbers[len(numbers) // 2 :].copy()
+    numbers[len(numbers) // 2 :] = np.roll(half, 1) if what == "weight" else half * np.asarray(2, half.dtype)
     numbers.tofile(file)
     checksum, error = convert.verify(str(source), str(ours))
     assert checksum.endswith("checksum differs")
     assert error.startswith("model.layers.1.mlp.experts.2.down_proj.weight: relative error ")
-    assert error.endswith("% in layers.1.mlp.experts.down.weight, at most 5%")
+    assert error.endswith(f"% in layers.1.mlp.experts.down.weight, at most {most}%")
 
 
 def test_a_quantised_checkpoint_is_not_exported(source, ours, tmp_path):
@@ -146,7 +160,7 @@ def test_a_quantised_checkpoint_is_not_exported(source, ours, tmp_path):
 
 
 def test_bad_input(model, source, ours, tmp_path):
-    with pytest.raises(UserError, match="--quantize=int7: unknown; choose int8"):
+    with pytest.raises(UserError, match="--quantize=int7: unknown; choose int8 or fp8 or int4"):
         convert.convert(str(source), str(ours), quantize="int7")
     assert not ours.exists()
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
