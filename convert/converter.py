@@ -18,10 +18,11 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.chunks import CHUNK_BYTES, Chunk, plan_parameters
+from convert.converted import read_foreign_or_ours
 from convert.resources import check_free, explain_disk_errors, thread_count
 from convert.shards import TensorReader
 from convert.source import ForeignModel, Source, read_model
-from convert.table import parameter_dtypes, place
+from convert.table import parameter_dtypes
 from convert.target import JOURNAL, Target, chunk_name
 from ernie_jax import distributed
 from ernie_jax.checkpoint import parse_dtype
@@ -53,11 +54,12 @@ def convert(
     that call this together each convert a part.
 
     Args:
-      source: a directory, local or gs://, or a hub id.
+      source: a directory, local or gs://, or a hub id. With `quantize` it may be a checkpoint of ours, not quantised.
       target: the directory to write, local or gs://.
       revision: branch, tag or commit of a hub id.
       dtype: "bfloat16", "float32" or "float16" for everything but the router; default: each tensor's own.
-      quantize: "int8" for the weights of attention, MLPs and experts; default: they are as `dtype` says.
+      quantize: "int8", "fp8" or "int4" for the weights of attention, MLPs and experts; default: they are as `dtype`
+        says.
       host_memory_gb: how much anonymous memory to use at most, in each process.
       overwrite: replace a checkpoint that is at the target, finished or not.
       keep_download: leave the shards of a hub id in Hugging Face's cache; by default each is deleted once written.
@@ -68,9 +70,9 @@ def convert(
     requested = parse_dtype(dtype) if dtype is not None else None
     threads = thread_count(host_memory_gb)
     origin = Source(source, revision, keep_download)
-    model = read_model(origin)
+    model = read_foreign_or_ours(origin) if quantize else read_model(origin)
     config = dataclasses.replace(model.config, quantize=quantize)
-    placements, ignored = place(config, model.tensors, source, model.hint)
+    placements, ignored = model.place(config)
     shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
     parameters = plan_parameters(placements, shapes, parameter_dtypes(config, placements, requested))
     _say_what_is_odd(model, ignored)
@@ -226,17 +228,19 @@ def _facts(
 ) -> dict:
     """Make the part of the manifest that says where the parameters come from, enough to export them as they were."""
     (embed,) = (parameter for parameter in parameters if parameter.path == "embed.weight")
-    return {
-        "source": model.source.name,
-        "revision": model.source.revision,
-        "dtype": embed.dtype.name,
-        "requested_dtype": requested and requested.name,
-        "quantize": quantize,
-        "num_nextn_predict_layers": model.config.num_nextn_predict_layers,
-        "shards": {file: header.metadata for file, header in model.headers.items()},
-        "tensors": {
-            name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file}
-            for name, tensor in model.tensors.items()
-        },
-        "ignored": ignored,
-    }
+    origin = model.origin
+    if origin is None:
+        origin = {
+            "source": model.source.name,
+            "revision": model.source.revision,
+            "requested_dtype": None,
+            "shards": {file: header.metadata for file, header in model.headers.items()},
+            "tensors": {
+                name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file}
+                for name, tensor in model.tensors.items()
+            },
+            "ignored": ignored,
+        }
+    own = {"dtype": embed.dtype.name, "quantize": quantize}
+    own["num_nextn_predict_layers"] = model.config.num_nextn_predict_layers
+    return origin | own | ({"requested_dtype": requested.name} if requested else {})

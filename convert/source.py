@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from convert.shards import Header, StoredTensor, read_header
-from convert.table import count_mtp_layers
+from convert.table import Placement, count_mtp_layers, place
 from ernie_jax.checkpoint import MANIFEST, SMALL_FILES
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
@@ -117,7 +117,7 @@ class Source:
                     return cached
                 folder = None if self._keep else staging
                 return hf_hub_download(self._hub_id, file, revision=self.revision, local_dir=folder)
-            staging.mkdir(parents=True, exist_ok=True)
+            (staging / file).parent.mkdir(parents=True, exist_ok=True)
             with (self.root / file).open("rb") as remote, (staging / file).open("wb") as local:
                 shutil.copyfileobj(remote, local, 16 << 20)
             return str(staging / file)
@@ -157,6 +157,8 @@ class ForeignModel:
       small_files: contents of those of SMALL_FILES that there are.
       fingerprint: changes when the source does.
       hint: what to add to a sentence about missing tensors.
+      placements: of tensors that are the chunks of a checkpoint of ours; None: the table of names tells.
+      origin: what such a checkpoint says of where it comes from.
     """
 
     source: Source
@@ -167,6 +169,14 @@ class ForeignModel:
     small_files: dict[str, bytes]
     fingerprint: dict
     hint: str
+    placements: list[Placement] | None = None
+    origin: dict | None = None
+
+    def place(self, config: ModelConfig) -> tuple[list[Placement], list[str]]:
+        """Find the place of every tensor in the parameters of `config`, as `table.place` does."""
+        if self.placements is not None:
+            return self.placements, []
+        return place(config, self.tensors, self.source.name, self.hint)
 
 
 def read_model(source: Source) -> ForeignModel:

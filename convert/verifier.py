@@ -19,10 +19,11 @@ from etils import epath
 from tqdm import tqdm
 
 from convert.arrays import Arrays, Slab, in_order
+from convert.converted import read_foreign_or_ours
 from convert.resources import MAX_THREADS
 from convert.shards import TensorReader
 from convert.source import ForeignModel, Source, read_model
-from convert.table import Placement, parameter_dtypes, place
+from convert.table import Placement, parameter_dtypes
 from convert.target import checksum
 from ernie_jax.checkpoint import parse_dtype, read_manifest
 from ernie_jax.distributed import say
@@ -42,7 +43,8 @@ def verify(source: str, target: str, *, revision: str | None = None) -> list[str
     by some percent; the error of each group of them is told.
 
     Args:
-      source: a Hugging Face (or Paddle) checkpoint, a directory or hub id.
+      source: a Hugging Face (or Paddle) checkpoint, a directory or hub id; of a quantised target also a checkpoint of
+        ours.
       target: the checkpoint that was converted from it.
       revision: branch, tag or commit of a hub id.
 
@@ -52,11 +54,12 @@ def verify(source: str, target: str, *, revision: str | None = None) -> list[str
     Raises:
       UserError: if either is no intact checkpoint of its kind.
     """
-    model = read_model(Source(source, revision))
     directory = storage_path(target)
     manifest = read_manifest(directory)
-    config = dataclasses.replace(model.config, quantize=manifest.get("quantize"))
-    placements, _ = place(config, model.tensors, source, model.hint)
+    quantize = manifest.get("quantize")
+    model = (read_foreign_or_ours if quantize else read_model)(Source(source, revision))
+    config = dataclasses.replace(model.config, quantize=quantize)
+    placements, _ = model.place(config)
     requested = manifest.get("requested_dtype")
     dtypes = parameter_dtypes(config, placements, parse_dtype(requested) if requested else None)
 

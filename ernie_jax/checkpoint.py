@@ -112,8 +112,8 @@ def restore(
     model = Ernie(read_config(directory), dtype or parse_dtype(manifest["dtype"]))
     abstract = nnx.to_flat_state(shard_abstract(nnx.state(model), layout))
     stored = manifest["parameters"]
-    _check_parameters(str(directory), {_dotted(p): v.get_value().shape for p, v in abstract}, stored)
-    _check_files(storage_path(directory), [_dotted(path) for path, _ in abstract])
+    check_parameters(str(directory), {_dotted(p): v.get_value().shape for p, v in abstract}, stored)
+    check_files(storage_path(directory), [_dotted(path) for path, _ in abstract])
 
     context = ocp.Context()
     largest = max(_nbytes(v.get_value()) for _, v in abstract)
@@ -197,7 +197,12 @@ def save(
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def _check_parameters(directory: str, expected: dict[str, tuple], stored: dict[str, dict]) -> None:
+def check_parameters(directory: str, expected: dict[str, tuple], stored: dict[str, dict]) -> None:
+    """Check that a manifest lists parameters of the shapes expected.
+
+    Raises:
+      UserError: if it does not.
+    """
     problems = [f"missing {name}" for name in expected if name not in stored]
     problems += [f"unexpected {name}" for name in stored if name not in expected]
     problems += [
@@ -209,8 +214,12 @@ def _check_parameters(directory: str, expected: dict[str, tuple], stored: dict[s
         raise UserError(f"{directory}: parameters do not fit config.json: {'; '.join(problems)}")
 
 
-def _check_files(directory: epath.Path, names: list[str]) -> None:
-    """Check that every chunk of the parameters is there: a missing one would be read as zeros, without a word."""
+def check_files(directory: epath.Path, names: list[str]) -> None:
+    """Check that every chunk of the parameters is there: a missing one would be read as zeros, without a word.
+
+    Raises:
+      UserError: if one is not.
+    """
 
     def missing(name: str) -> list[str]:
         folder = directory / PARAMS / "state" / name

@@ -1,5 +1,6 @@
 """convert --quantize: right numbers in every layout and chunking; resuming; verify; what is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -157,6 +158,52 @@ def test_a_quantised_checkpoint_is_not_exported(source, ours, tmp_path):
     with pytest.raises(UserError, match="ours: its weights are rounded to int8; export a checkpoint that is not"):
         convert.export(str(ours), str(tmp_path / "back"))
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(("form", "chunk_bytes"), [("int8", None), ("fp8", None), ("int4", 5000)])
+def test_a_checkpoint_of_ours_is_a_source(form, chunk_bytes, model, source, ours, tmp_path, monkeypatch):
+    """What comes of it is what comes of the checkpoint that it was converted from, the manifest included."""
+    if chunk_bytes:
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
+    exact, direct = tmp_path / "exact", tmp_path / "direct"
+    convert.convert(str(source), str(exact))
+    convert.convert(str(exact), str(ours), quantize=form)
+    convert.convert(str(source), str(direct), quantize=form)
+    assert_equal(read(ours), expected(model, form))
+    assert json.loads((ours / "manifest.json").read_text()) == json.loads((direct / "manifest.json").read_text())
+    for other in (source, exact):
+        assert convert.verify(str(other), str(ours)) == []
+    file = exact / "params/state/layers.0.attention.out.weight/0.0.0.0"
+    file.write_bytes(bytes(file.stat().st_size))
+    differences = convert.verify(str(exact), str(ours))
+    assert differences and all("layers.0.attention.out.weight" in difference for difference in differences)
+
+
+def test_a_checkpoint_that_was_trained_here_is_a_source(tiny_config, tiny_model, ours, tmp_path):
+    saved = tmp_path / "trained"
+    fields = json.dumps(dataclasses.asdict(tiny_config)).encode()
+    checkpoint.save(saved, tiny_model, {"config.json": fields}, "a test")
+    convert.convert(str(saved), str(ours), quantize="int4")
+    stored = read(saved)["layers.1.mlp.experts.down.weight"]
+    weight = quantize(stored, 2, "int4")
+    found = read(ours)
+    np.testing.assert_array_equal(found["layers.1.mlp.experts.down.weight"], weight.values)
+    np.testing.assert_array_equal(found["layers.1.mlp.experts.down.scale"], weight.scales)
+    assert convert.verify(str(saved), str(ours)) == []
+
+
+def test_sources_of_ours_that_are_refused(source, ours, tmp_path):
+    exact = tmp_path / "exact"
+    convert.convert(str(source), str(ours), quantize="int8")
+    with pytest.raises(UserError, match="ours: its weights are rounded to int8; pass a checkpoint that is not"):
+        convert.convert(str(ours), str(tmp_path / "again"), quantize="int4")
+    convert.convert(str(source), str(exact))
+    with pytest.raises(UserError, match="already converted"):
+        convert.convert(str(exact), str(tmp_path / "again"))
+    (exact / "params/state/norm.weight/0").unlink()
+    with pytest.raises(UserError, match="norm.weight"):
+        convert.convert(str(exact), str(tmp_path / "again"), quantize="int4")
+    assert not (tmp_path / "again").exists()
 
 
 def test_bad_input(model, source, ours, tmp_path):
