@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
+from ernie_jax.ops.quantized import group_size
 
 MESH_AXES = ("data", "expert", "tensor")
 
@@ -356,18 +357,25 @@ def _split_heads(config: ModelConfig, preset: str, sizes: dict[str, int]) -> dic
 def _misfit(config: ModelConfig, preset: str, sizes: dict[str, int]) -> str | None:
     """Say which dimension of a model does not divide over a mesh, or None."""
     table = PRESETS[preset].table
+
+    def inputs(size: int, what: str) -> tuple[int, str]:
+        if config.quantize != "int4":
+            return size, what
+        group = group_size(size)  # its weights share a scale
+        return size // group, f"{what} in int4's groups of {group}"
+
     dimensions = []
     if config.is_moe:
         dimensions += [
             ("expert", config.moe_num_experts, "experts"),
-            ("expert_mlp", config.moe_intermediate_size, "width of an expert"),
-            ("mlp", config.moe_shared_intermediate_size, "width of the shared experts"),
+            ("expert_mlp", *inputs(config.moe_intermediate_size, "width of an expert")),
+            ("mlp", *inputs(config.moe_shared_intermediate_size, "width of the shared experts")),
         ]
     dimensions += [
         ("kv_head", config.num_key_value_heads, "key/value heads"),
-        ("mlp", config.intermediate_size, "intermediate size"),
+        ("mlp", *inputs(config.intermediate_size, "intermediate size")),
         ("vocab", config.vocab_size, "vocabulary"),
-        ("embed", config.hidden_size, "hidden size"),
+        ("embed", *inputs(config.hidden_size, "hidden size")),
     ]
     for logical, size, what in dimensions:
         shards = math.prod(sizes[axis] for axis in table[logical])

@@ -12,12 +12,17 @@ from ernie_jax.distributed import say
 
 
 def _define_convert(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("source", None, "Hugging Face directory (local or gs://) or hub id", flag_values=values)
+    flags.DEFINE_string(
+        "source",
+        None,
+        "Hugging Face directory (local or gs://) or hub id; with --quantize also a converted checkpoint",
+        flag_values=values,
+    )
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
     flags.DEFINE_string("target", None, "directory of the new checkpoint (local or gs://)", flag_values=values)
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: as stored", flag_values=values)
     flags.DEFINE_string(
-        "quantize", None, "int8: round the weights of attention, MLPs and experts so", flag_values=values
+        "quantize", None, "int8, fp8 or int4: round the weights of attention, MLPs and experts so", flag_values=values
     )
     flags.DEFINE_float("host_memory_gb", 4.0, "memory that each process may use", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "replace a checkpoint at --target", flag_values=values)
@@ -60,7 +65,7 @@ def _export(values: flags.FlagValues) -> None:
 
 
 def _define_verify(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("source", None, "the Hugging Face directory or hub id that was converted", flag_values=values)
+    flags.DEFINE_string("source", None, "the directory or hub id that was converted", flag_values=values)
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id", flag_values=values)
     flags.DEFINE_string("target", None, "the converted checkpoint", flag_values=values)
 
@@ -90,6 +95,7 @@ CONVERT = Command(
         "main.py convert --source=baidu/ERNIE-4.5-21B-A3B-PT --target=checkpoints/21b",
         "main.py convert --source=downloads/ERNIE-4.5-21B-A3B-PT --target=gs://bucket/21b",
         "main.py convert --source=baidu/ERNIE-4.5-21B-A3B-PT --target=checkpoints/21b-int8 --quantize=int8",
+        "main.py convert --source=checkpoints/21b --target=checkpoints/21b-int4 --quantize=int4",
         "main.py convert --source=... --target=... --coordinator=host0:8476 --num_processes=4 --process_id=2",
     ),
     _define_convert,

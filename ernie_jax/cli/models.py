@@ -59,7 +59,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("adapter", None, "an adapter that was trained on the model (main.py train)", flag_values=values)
     flags.DEFINE_bool("random_weights", False, "draw weights instead of loading them", flag_values=values)
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
-    flags.DEFINE_string("quantize", None, "int8: draw --random_weights in this form", flag_values=values)
+    flags.DEFINE_string("quantize", None, "int8, fp8 or int4: draw --random_weights so", flag_values=values)
     flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
     flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (GPU 8192, else 512)", flag_values=values)
     flags.DEFINE_list(

@@ -39,7 +39,7 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("prefill_chunk", None, "prompt tokens of a step (the engine's)", flag_values=values)
     flags.DEFINE_string("dtype", None, "of weights and cache; default: the model's", flag_values=values)
-    flags.DEFINE_string("quantize", None, "int8: as if converted so; default: the model's form", flag_values=values)
+    flags.DEFINE_string("quantize", None, "int8, fp8 or int4: as if converted so", flag_values=values)
     flags.DEFINE_bool("compare", False, "table all shardings", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
 

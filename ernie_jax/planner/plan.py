@@ -280,6 +280,12 @@ def suggest(plan: Plan) -> Iterator[str]:
         yield f"--sharding={other.layout.preset}"
     if request.dtype.itemsize > 2 and (other := fitting(dataclasses.replace(request, dtype=jnp.dtype(jnp.bfloat16)))):
         yield f"--dtype=bfloat16 --sharding={other.layout.preset}"
+    smaller = {None: ("int8", "int4"), "int8": ("int4",), "fp8": ("int4",), "int4": ()}  # of the same, int8
+    for form in smaller[request.config.quantize]:
+        config = dataclasses.replace(request.config, quantize=form)
+        if other := fitting(dataclasses.replace(request, config=config)):
+            yield f"--quantize={form} --sharding={other.layout.preset}"
+            break
     if 0 < plan.most_sequences < request.batch:
         yield f"--batch={plan.most_sequences}, each of {request.context:,} tokens"
     if PAGE_SIZE <= plan.longest_context < request.context:

@@ -54,22 +54,23 @@ def test_a_preset_with_random_weights_generates(run, tiny, tiny_config, tmp_path
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-def test_int8_weights(run, source, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("form", "error"), [("int8", "0."), ("int4", "")])
+def test_quantised_weights(form, error, run, source, tiny, tmp_path, monkeypatch):
     ours = tmp_path / "ours"
-    assert run("convert", f"--source={source}", f"--target={ours}", "--quantize=int8").code == 0
+    assert run("convert", f"--source={source}", f"--target={ours}", f"--quantize={form}").code == 0
     result = run("verify", f"--source={source}", f"--target={ours}")
-    assert (result.code, result.out) == (0, "equal but for the rounding to int8\n")
-    assert "experts.down.weight: relative error 0." in result.err
+    assert (result.code, result.out) == (0, f"equal but for the rounding to {form}\n")
+    assert f"experts.down.weight: relative error {error}" in result.err
     result = run(*GENERATE, f"--model={ours}")
-    assert result.code == 0 and result.out and "int8 weights: XLA's backends" in result.err
-    one_sentence(run("export", f"--source={ours}", f"--target={tmp_path / 'hf'}"), "rounded to int8")
-    one_sentence(run(*GENERATE, f"--model={ours}", "--quantize=int8"), "--quantize goes with --random_weights")
+    assert result.code == 0 and result.out and f"{form} weights: XLA's backends" in result.err
+    one_sentence(run("export", f"--source={ours}", f"--target={tmp_path / 'hf'}"), f"rounded to {form}")
+    one_sentence(run(*GENERATE, f"--model={ours}", f"--quantize={form}"), "--quantize goes with --random_weights")
     monkeypatch.setattr(models, "presets", lambda: {"tiny-preset": tiny / "config.json"})
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_text('{"token_ids": [5, 6]}\n')
-    arguments = ("--random_weights", "--quantize=int8", f"--input={path}", f"--output={out}", "--max_new_tokens=2")
+    arguments = ("--random_weights", f"--quantize={form}", f"--input={path}", f"--output={out}", "--max_new_tokens=2")
     result = run("generate", "--model=tiny-preset", *arguments, *SIZE)
-    assert result.code == 0 and "int8 weights" in result.err
+    assert result.code == 0 and f"{form} weights" in result.err
 
 
 def test_random_weights_go_with_a_preset(run, tiny):

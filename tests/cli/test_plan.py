@@ -96,7 +96,7 @@ def test_int8_weights(run):
     assert 0.5 < small["per_device"]["weights"] / exact["per_device"]["weights"] < 0.52
     assert "ernie-4.5-21b-a3b, bfloat16 and int8 weights, on h100:1" in run(*arguments[:3], "--quantize=int8").out
     result = run(*arguments, "--quantize=int3")
-    assert (result.code, result.out) == (1, "") and "--quantize=int3: unknown; choose int8" in result.err
+    assert (result.code, result.out) == (1, "") and "--quantize=int3: unknown; choose int8 or fp8 or int4" in result.err
 
 
 def test_what_does_not_fit_and_what_would(run):

@@ -84,6 +84,7 @@ def test_what_would_fit(large):
     request = request_for(large, "h100:1", batch=16, context=8192, dtype=jnp.dtype(jnp.float32))
     assert list(suggest(make_plan(request))) == [
         "--dtype=bfloat16 --sharding=single",
+        "--quantize=int8 --sharding=single",
         "--topology=h100:2 --sharding=expert, the fewest of NVIDIA H100 that do",
     ]
     found = make_plan(request_for(large, "h100:1", batch=64, context=32768))
@@ -94,6 +95,19 @@ def test_what_would_fit(large):
     assert make_plan(request_for(large, "h100:1", batch=64, context=found.longest_context)).fits
     assert not make_plan(request_for(large, "h100:1", batch=64, context=found.longest_context + 128)).fits
     assert topology.startswith("--topology=h100:4 ")
+
+
+def test_a_form_of_fewer_bits_can_be_what_fits(large):
+    """On a GPU of 24 GB and a v5e chip only int4 does."""
+    for where in ("l4:1", "v5e:1x1"):
+        request = request_for(large, where, batch=8, context=8192)
+        assert "--quantize=int4 --sharding=single" in list(suggest(make_plan(request, build=False)))
+        for form, fits in (("int8", False), ("fp8", False), ("int4", True)):
+            config = dataclasses.replace(large, quantize=form)
+            found = make_plan(dataclasses.replace(request, config=config), build=False)
+            assert found.fits == fits
+            advice = [] if fits else [line for line in suggest(found) if "quantize" in line]
+            assert advice == ([] if fits else ["--quantize=int4 --sharding=single"])
 
 
 def test_another_sharding_can_be_what_fits(large):
@@ -116,6 +130,7 @@ def test_the_smallest_slice(large):
     for name in ("v5e:4x4", "v5e:4x8"):
         assert not make_plan(request_for(whole, name), build=False).fits
     assert list(suggest(make_plan(request_for(whole, "h100:8")))) == [
+        "--quantize=int8 --sharding=expert",
         "no host of NVIDIA H100 is large enough",
         "--topology=h200:8 --sharding=expert, the fewest of NVIDIA H200 that do",
         "--topology=b200:8 --sharding=expert, the fewest of NVIDIA B200 that do",

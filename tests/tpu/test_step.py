@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import re
 
 import jax.numpy as jnp
@@ -80,6 +81,41 @@ def test_a_step_fits_and_sends_what_it_must(case):
         # The embedding, and two sums a layer in bfloat16 whatever the shape.
         assert count(text) == {"all-reduce": 2 * layers + 1}
         assert {item.bytes for item in collectives(text)} == {2 * shape.tokens * config.hidden_size}
+
+
+@functools.cache
+def quantized(form, where, layers, tokens, context=8192):
+    """Compile a step of the 21B model, cut to some layers, on one chip; `tokens` of one prompt if more than 64."""
+    config = read_config("21b-a3b")
+    config = dataclasses.replace(config, num_hidden_layers=layers, moe_layer_end_index=layers - 1, quantize=form)
+    layout = make_layout(config, parse_topology(where).compile_devices())
+    shape = (decode_shape if tokens <= 64 else prefill_shape)(config, layout, tokens, context)
+    return lower_step(config, layout, jnp.bfloat16, shape, 65536 // PAGE_SIZE + 1).compile().memory_analysis()
+
+
+# Written out in bfloat16, the smallest weight of a layer has 13 MB, the largest 1 GB.
+@pytest.mark.parametrize(
+    ("form", "where", "tokens", "most"),
+    [
+        ("fp8", "v6e:1x1", 8, 10e6),
+        ("int4", "v5e:1x1", 1, 10e6),
+        ("int4", "v5e:1x1", 512, 1.6e9),
+    ],
+)
+def test_quantised_weights_are_not_written_out(form, where, tokens, most):
+    temporaries = quantized(form, where, 2, tokens).temp_size_in_bytes
+    print(f"temporaries {temporaries / 1e6:.1f} MB")
+    assert temporaries < most
+
+
+def test_int4_21b_fits_a_v5e_chip():
+    """With 65,536 cached tokens, decoding 8 sequences; of a prefill step two layers tell what is left for."""
+    memory = quantized("int4", "v5e:1x1", 28, 8)
+    assert memory.temp_size_in_bytes < 60e6  # nothing is written out here either
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    free = parse_topology("v5e:1x1").chip.device_memory - used
+    assert free > 1.25 * quantized("int4", "v5e:1x1", 2, 512).temp_size_in_bytes
 
 
 def while_travelling(text, way):
