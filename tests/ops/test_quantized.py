@@ -14,6 +14,7 @@ from ernie_jax.ops import (
     default_expert_backend,
     dequantize,
     grouped_mlp,
+    int4,
     linear,
     quantize,
     quantized_specs,
@@ -116,6 +117,21 @@ def test_linear_matches_float64(case, dtype, bound, biased, form, rng):
     if biased:
         expected += np.asarray(bias, np.float64)
     assert out.dtype == dtype
+    assert np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 3e-3)])
+@pytest.mark.parametrize("shape", [(1, 1, 5, 384, 700), (2, 2, 40, 512, 96)], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_kernel_for_tpus_matches_float64(shared, shape, dtype, bound, rng, monkeypatch):
+    batch, count, tokens, inner, outputs = shape
+    monkeypatch.setattr(int4, "_ROWS_BYTES", 48 * 2 * inner * np.dtype(dtype).itemsize)  # a few blocks of rows
+    x = jnp.asarray(rng.normal(size=(1 if shared else batch, 2 * tokens, inner)), dtype)
+    weight = quantize(rng.normal(size=(batch, count, outputs, inner)), 3, "int4")
+    out = int4.by_kernel(x, place(weight), dtype, interpret=True)
+    x = np.broadcast_to(np.asarray(x, np.float64), (batch, 2 * tokens, inner))
+    expected = np.einsum("btk,bcnk->bctn", x, dequantize(weight))
+    assert out.dtype == dtype and out.shape == expected.shape
     assert np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected) < bound
 
 

@@ -9,7 +9,15 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ernie_jax.ops import RaggedBatch, exchange_mlp, grouped_mlp, paged_attention
+from ernie_jax.ops import (
+    Quantized,
+    RaggedBatch,
+    exchange_mlp,
+    grouped_mlp,
+    int4,
+    paged_attention,
+    quantized_specs,
+)
 from ernie_jax.planner.topology import parse_topology
 
 AXES = ("data", "expert")
@@ -100,6 +108,29 @@ def test_gmm_compiles_without_a_copy_of_the_weights(topology, model, width, k, s
     local = f"[64,{model},{width // 8}]" if split_width else f"[{64 // mesh_of(topology).size},{model},{width}]"
     assert not [line for line in text.splitlines() if " copy(" in line and local in line]
     assert program.memory_analysis().temp_size_in_bytes < temporaries
+
+
+# Experts' gate and up of one token, experts' down of many, the dense layer's down, a shard of the shared experts' down.
+@pytest.mark.parametrize(
+    ("topology", "tokens", "batch", "count", "outputs", "inner"),
+    [
+        *((topology, 1, 8, 2, 1536, 2560) for topology in TOPOLOGIES),
+        ("v5e:2x4", 128, 16, 1, 2560, 1536),
+        ("v5e:2x4", 512, 1, 1, 2560, 12288),
+        ("v5e:2x4", 64, 1, 1, 2560, 384),
+    ],
+)
+def test_int4_compiles_without_temporaries(topology, tokens, batch, count, outputs, inner):
+    def product(x, values, scales):
+        return int4.by_kernel(x, Quantized(values, scales), jnp.bfloat16)
+
+    weight = quantized_specs("int4", (batch, count, outputs, inner), 3)
+    inputs = [((batch, tokens, inner), jnp.bfloat16, P())]
+    inputs += [(part.shape, part.dtype, P()) for part in jax.tree.leaves(weight)]
+    program = compiled(topology, product, inputs, P())
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    rows = max(tokens, 16)
+    assert program.memory_analysis().temp_size_in_bytes < 4 * batch * rows * inner * 2 + 1e6
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:4x4"])
