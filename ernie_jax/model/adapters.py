@@ -46,7 +46,8 @@ def declare(model: Ernie, lora: LoRA, dtype: jnp.dtype) -> None:
         raise UserError(f"recipe field lora_targets is {', '.join(lora.targets)}: the model has no such layers")
     for _, linear in linears:
         down, up = axes(linear)
-        sizes = dict(zip(linear.weight.get_metadata("axes"), linear.weight.get_value().shape, strict=True))
+        shape = linear.read(lambda leaf: leaf.get_value()).shape
+        sizes = dict(zip(linear.weight.get_metadata("axes"), shape, strict=True))
         sizes["rank"] = lora.rank
         linear.lora_a = parameter(tuple(map(sizes.get, down)), down, dtype)
         linear.lora_b = parameter(tuple(map(sizes.get, up)), up, dtype)

@@ -39,14 +39,31 @@ def int4_einsum(subscripts: str, x: jax.Array, weight: Quantized, out_dtype: jnp
     return out.reshape([sizes[label] for label in found]).transpose([found.index(label) for label in output])
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, weight: Quantized, out_dtype: jnp.dtype) -> jax.Array:
-    """Contract the last axes of x [B or 1, T, K] and of a weight [B, C, N, K]: [B, C, T, N]."""
+    """Contract the last axes of x [B or 1, T, K] and of a weight [B, C, N, K]: [B, C, T, N].
+
+    The weight has no gradient; that of x is the contractions', for the kernel has none.
+    """
     if weight.group != _LANES:
         return by_contractions(x, weight, out_dtype)
     ways = {"tpu": by_kernel, "default": by_contractions}
     return jax.lax.platform_dependent(
         x, weight, **{name: functools.partial(way, out_dtype=out_dtype) for name, way in ways.items()}
     )
+
+
+def _forward(x, weight, out_dtype):
+    return _product(x, weight, out_dtype), (x, weight)
+
+
+def _backward(out_dtype, residuals, gradient):
+    x, weight = residuals
+    _, pull = jax.vjp(lambda x: by_contractions(x, weight, out_dtype), x)
+    return *pull(gradient), None
+
+
+_product.defvjp(_forward, _backward)
 
 
 def by_contractions(x: jax.Array, weight: Quantized, out_dtype: jnp.dtype) -> jax.Array:

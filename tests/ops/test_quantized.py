@@ -135,6 +135,15 @@ def test_the_kernel_for_tpus_matches_float64(shared, shape, dtype, bound, rng, m
     assert np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected) < bound
 
 
+@FORMS
+def test_gradient_by_x(form, rng):
+    """Adapters are trained beside quantised weights."""
+    x, weight = jnp.asarray(rng.normal(size=(5, 256)), jnp.float32), quantize(rng.normal(size=(24, 256)), 1, form)
+    towards = rng.normal(size=(5, 24)).astype(np.float32)
+    found = jax.grad(lambda x: (linear("td,od->to", x, place(weight)) * towards).sum())(x)
+    np.testing.assert_allclose(found, towards @ dequantize(weight), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("backend", "tokens", "dtype", "bound"),
     [
@@ -143,6 +152,7 @@ def test_the_kernel_for_tpus_matches_float64(shared, shape, dtype, bound, rng, m
         ("gather", 2, jnp.float32, 1e-5),
         ("blocks", 3, jnp.float32, 1e-5),
         ("blocks", 300, jnp.bfloat16, 1.5e-2),
+        ("batched", 300, jnp.float32, 1e-5),
     ],
 )
 @FORMS

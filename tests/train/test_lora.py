@@ -117,37 +117,39 @@ def test_merged_and_beside_the_weights_it_computes_the_same(trained, lora, tmp_p
 
 @pytest.fixture(scope="module")
 def rounded(lora, config, tmp_path_factory):
-    """The checkpoint with int8 weights, and one with the numbers that these stand for."""
-    exact = flat(nnx.state(checkpoint.restore(lora.checkpoint, single())))
-    small, written_out = (Ernie(dataclasses.replace(config, quantize=form), jnp.float32) for form in ("int8", None))
-    scales = {name: leaf.shape for name, leaf in flat(nnx.state(small)).items() if name.endswith(".scale")}
-    values = dict(exact)
-    for scale, shape in scales.items():
-        weight = scale.removesuffix("scale") + "weight"
-        quantized = quantize(np.asarray(exact[weight]), len(shape))
-        values |= {scale: quantized.scales, weight: quantized.values}
-        exact[weight] = dequantize(quantized)
+    """Checkpoints with quantised weights, and those with the numbers that these stand for."""
     directory = tmp_path_factory.mktemp("rounded")
-    for name, model, arrays in (("int8", small, values), ("float32", written_out, exact)):
-        for path, leaf in nnx.to_flat_state(nnx.state(model)):
-            leaf.set_value(jnp.asarray(arrays[".".join(map(str, path))]))
-        checkpoint.save(directory / name, model, checkpoint.read_small_files(lora.checkpoint), "test")
+    for form in ("int8", "int4"):
+        exact = flat(nnx.state(checkpoint.restore(lora.checkpoint, single())))
+        small, written_out = (Ernie(dataclasses.replace(config, quantize=f), jnp.float32) for f in (form, None))
+        values = dict(exact)
+        for scale in [name for name in flat(nnx.state(small)) if name.endswith(".scale")]:
+            weight = scale.removesuffix("scale") + "weight"
+            outputs = {"qkv": 3, "out": 1}.get(weight.split(".")[-2], exact[weight].ndim - 1)
+            quantized = quantize(np.asarray(exact[weight]), outputs, form)
+            values |= {scale: quantized.scales, weight: quantized.values}
+            exact[weight] = dequantize(quantized)
+        for name, model, arrays in ((form, small, values), (f"{form}-exact", written_out, exact)):
+            for path, leaf in nnx.to_flat_state(nnx.state(model)):
+                leaf.set_value(jnp.asarray(arrays[".".join(map(str, path))]))
+            checkpoint.save(directory / name, model, checkpoint.read_small_files(lora.checkpoint), "test")
     return directory
 
 
-def test_int8_weights_keep_it_beside_them(trained, rounded, rng):
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_quantised_weights_keep_it_beside_them(form, trained, rounded, rng):
     prompt = rng.integers(3, 300, 20).tolist()
-    small, written_out = (LLM.load(rounded / name, adapter=trained, **SIZE) for name in ("int8", "float32"))
-    assert small.model.layers[0].attention.qkv.weight.dtype == jnp.int8
+    small, written_out = (LLM.load(rounded / name, adapter=trained, **SIZE) for name in (form, f"{form}-exact"))
+    assert small.model.layers[0].attention.qkv.kernel.weight.form == form
     np.testing.assert_allclose(small.logits(prompt), written_out.logits(prompt), atol=1e-4)
-    with pytest.raises(UserError, match="rounded to int8, and no adapter can be added"):
+    with pytest.raises(UserError, match=f"rounded to {form}, and no adapter can be added"):
         adapter.merge(small.model, adapter.load(trained), single())
 
 
-@pytest.mark.parametrize("backend", ["blocks", "batched"])
-def test_int8_weights_are_trained_with(rounded, lora, batch, backend):
+@pytest.mark.parametrize(("form", "backend"), [("int8", "blocks"), ("int8", "batched"), ("int4", "blocks")])
+def test_quantised_weights_are_trained_with(rounded, lora, batch, form, backend):
     losses = []
-    for name in ("int8", "float32"):
+    for name in (form, f"{form}-exact"):
         recipe = dataclasses.replace(lora, checkpoint=str(rounded / name), expert_backend=backend)
         trainer = Trainer(recipe, read_config(recipe), single())
         state = trainer.initial_state()
