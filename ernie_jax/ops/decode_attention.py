@@ -13,12 +13,16 @@ _BLOCKS = 512  # with a partial result each
 _PITCH = 132  # floats of one: its dims, maximum and sum, and two to keep it aligned
 
 
-def decode_problem(head_dim: int, dtype: jnp.dtype, group: int = 1, page_size: int = 16) -> str | None:
+def decode_problem(
+    head_dim: int, dtype: jnp.dtype, kv_dtype: jnp.dtype, group: int = 1, page_size: int = 16
+) -> str | None:
     """Say what the kernel does not take, if anything."""
     if head_dim != 128:
         return f"takes heads of 128, not of {head_dim}"
     if dtype != jnp.bfloat16:
-        return f"takes bfloat16 pages, not {jnp.dtype(dtype).name}"
+        return f"takes bfloat16 heads, not {jnp.dtype(dtype).name}"
+    if kv_dtype not in (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
+        return f"takes bfloat16, int8 or fp8 pages, not {jnp.dtype(kv_dtype).name}"
     if group > 16:
         return f"takes up to 16 query heads a key/value head, not {group}"
     if page_size % 16:
@@ -41,7 +45,7 @@ def decode_attention(
       angles: to rotate queries and keys by; None: they are rotated.
     """
     tokens, kv_heads, lines, head_dim = qkv.shape
-    if problem := decode_problem(head_dim, pages.dtype, lines - 2, pages.shape[1]):
+    if problem := decode_problem(head_dim, qkv.dtype, pages.dtype, lines - 2, pages.shape[1]):
         raise UserError(f"attention backend cuda {problem}; use attention backend xla")
     out, pages, _ = kernels.call(
         "ernie_decode_attention",

@@ -52,7 +52,7 @@ def attention_half_problem(x, qkv_weight, pages, batch: RaggedBatch) -> str | No
     return (
         linear_problem(tokens, width, kv_heads * lines * head_dim, x.dtype)
         or linear_problem(tokens, kv_heads * group * head_dim, width, qkv_weight.dtype)
-        or decode_problem(head_dim, pages.dtype, group, pages.shape[1])
+        or decode_problem(head_dim, x.dtype, pages.dtype, group, pages.shape[1])
     )
 
 

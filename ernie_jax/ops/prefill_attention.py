@@ -32,7 +32,7 @@ def prefill(q, pages, batch, interpret=None):
     Raises:
       UserError: if the backend does not take these shapes or dtypes.
     """
-    if problem := decode_problem(q.shape[-1], pages.dtype):
+    if problem := decode_problem(q.shape[-1], q.dtype, pages.dtype):
         raise UserError(f"attention backend cuda {problem}; use attention backend xla")
     return _attend(q.astype(pages.dtype), pages, batch, interpret).astype(q.dtype)
 
