@@ -40,11 +40,13 @@ def check_kv_dtype(config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> Non
     Raises:
       UserError: if they are not.
     """
-    if layout.platform == "tpu" and dtype.itemsize == 1 and layout.size("kv_head") == config.num_key_value_heads:
-        # XLA lays these pages out by head, four positions in a word, and turns the whole cache over for each write.
+    # With fewer heads a TPU's XLA lays pages out by head, and turns the whole cache over for a write or a read.
+    least = {"int8": 4, "fp8": 2}.get(kv_name(dtype), 1)
+    heads = config.num_key_value_heads // layout.size("kv_head")
+    if layout.platform == "tpu" and heads < least:
         raise UserError(
-            f"an 8-bit KV cache needs 2 or more key/value heads a TPU device, and sharding {layout.describe()} leaves 1; "
-            "use --kv_dtype=bfloat16, or a sharding that keeps heads together, such as expert+data"
+            f"--kv_dtype={kv_name(dtype)} needs {least} or more key/value heads a TPU device, and of this model's "
+            f"{config.num_key_value_heads} sharding {layout.describe()} leaves {heads}; use bfloat16, or another sharding"
         )
 
 

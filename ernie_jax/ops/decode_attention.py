@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ernie_jax import kernels
 from ernie_jax.errors import UserError
+from ernie_jax.ops.pages import Pages, arrays, described, rebuilt
 
 MOST_TOKENS = 2048  # of a step, as in kernels/attention.cu
 _BLOCKS = 512  # with a partial result each
@@ -33,9 +34,9 @@ def decode_problem(
 def decode_attention(
     qkv: jax.Array,  # [T, K, R + 2, H]
     angles: jax.Array | None,  # [T, H / 2] float32
-    pages: jax.Array,
+    pages: Pages,
     batch,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages]:
     """Do what `paged_attention` does for a step of at most one token a sequence and MOST_TOKENS in all.
 
     Padding tokens come back zero and write nothing. The pages are updated in place where they are donated.
@@ -47,22 +48,22 @@ def decode_attention(
     tokens, kv_heads, lines, head_dim = qkv.shape
     if problem := decode_problem(head_dim, qkv.dtype, pages.dtype, lines - 2, pages.shape[1]):
         raise UserError(f"attention backend cuda {problem}; use attention backend xla")
-    out, pages, _ = kernels.call(
+    out, _, *written = kernels.call(
         "ernie_decode_attention",
         [
             jax.ShapeDtypeStruct((tokens, kv_heads, lines - 2, head_dim), qkv.dtype),
-            jax.ShapeDtypeStruct(pages.shape, pages.dtype),
             partial_results(lines - 2),
+            *described(pages),
         ],
-        qkv.astype(pages.dtype),
+        qkv,
         jnp.zeros((0, 2, head_dim // 2)) if angles is None else rotation(angles),
-        pages,
         batch.positions,
         batch.rows,
         batch.page_table,
-        aliases={2: 1},
+        *arrays(pages),
+        aliases={5 + i: 2 + i for i in range(len(arrays(pages)))},
     )
-    return out, pages
+    return out, rebuilt(pages, written)
 
 
 def rotation(angles: jax.Array) -> jax.Array:

@@ -37,6 +37,21 @@ class ScaledPages:
 Pages = jax.Array | ScaledPages  # an array's dtype may be an 8-bit float
 
 
+def arrays(pages: Pages) -> list[jax.Array]:
+    """Return what the kernels take of pages: the numbers, and the scales if there are any."""
+    return jax.tree.leaves(pages)
+
+
+def described(pages: Pages) -> list[jax.ShapeDtypeStruct]:
+    """Describe `arrays` as a result."""
+    return [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays(pages)]
+
+
+def rebuilt(pages: Pages, made: list[jax.Array]) -> Pages:
+    """Return pages like others from new `arrays`."""
+    return jax.tree.structure(pages).unflatten(made)
+
+
 def is_scaled(dtype: jnp.dtype) -> bool:
     """Tell whether pages of a dtype have scales."""
     return jnp.dtype(dtype) == jnp.int8
