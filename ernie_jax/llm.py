@@ -20,6 +20,7 @@ from ernie_jax import adapter as adapters
 from ernie_jax import checkpoint
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.engine import Engine, EngineOptions, FinishReason, SamplingParams, TokenEvent
+from ernie_jax.engine.cache import kv_name
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie, abstract_model, initialize
 from ernie_jax.paths import storage_path
@@ -121,11 +122,12 @@ class LLM:
         Args:
           mesh: how many devices share what, as "expert:8" or "data:2,expert:4"; default: by `sharding`.
           sharding: a name of sharding.PRESETS; default: by the model and the number of devices.
-          dtype: of weights and cache, bfloat16, float32 or float16; default: the checkpoint's. Routers stay float32.
+          dtype: of weights, and of the cache without a kv_dtype: bfloat16, float32 or float16; default: the
+            checkpoint's. Routers stay float32.
           progress: show a bar while restoring.
           adapter: directory of an adapter that was trained on this model. It is added to the weights in memory; weights
             in int8 stay as they are, and it is computed beside them.
-          **options: fields of EngineOptions, such as cache_tokens and max_sequences.
+          **options: fields of EngineOptions, such as cache_tokens, kv_dtype and max_sequences.
 
         Raises:
           UserError: if the directory is no converted checkpoint (nothing is converted here), or does not fit, or the
@@ -288,10 +290,11 @@ class LLM:
         """Say in one line what runs where: devices, sharding, dtype, op backends, cache."""
         devices, engine = self.layout.mesh.devices.ravel(), self.engine
         groups = f" in each of {self.layout.groups} data groups" if self.layout.groups > 1 else ""
+        cached = f"{kv_name(engine.kv_dtype)} " if engine.kv_dtype != engine.dtype else ""
         return (
             f"{len(devices)} x {devices[0].device_kind} · sharding {self.layout.describe()} · "
             f"{jnp.dtype(engine.dtype).name} · {engine.describe_ops()} · "
-            f"cache {engine.group_tokens:,} tokens{groups} in pages of {engine.options.page_size} · "
+            f"{cached}cache {engine.group_tokens:,} tokens{groups} in pages of {engine.options.page_size} · "
             f"up to {engine.options.max_sequences} sequences"
         )
 

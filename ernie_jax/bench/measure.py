@@ -46,7 +46,8 @@ class Decode:
 
     def cost(self, engine: Engine, layout: Layout) -> Cost:
         """Count what a step cannot avoid."""
-        return step_cost(engine.config, engine.dtype, layout, decode_load(layout, self.batch, self.mean_context))
+        load = decode_load(layout, self.batch, self.mean_context)
+        return step_cost(engine.config, engine.dtype, layout, load, engine.kv_dtype)
 
     def step_tokens(self, engine: Engine) -> int:
         return drive.decode_tokens(engine, self.batch)
@@ -78,7 +79,7 @@ class Prefill:
             cached=rows * self.context,
             attended=rows * self.context * (self.context + 1) // 2,
         )
-        return step_cost(engine.config, engine.dtype, layout, load)
+        return step_cost(engine.config, engine.dtype, layout, load, engine.kv_dtype)
 
     def step_tokens(self, engine: Engine) -> int:
         return drive.prefill_tokens(engine, self.batch * self.context)

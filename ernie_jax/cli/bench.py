@@ -91,6 +91,7 @@ class _Bench:
         from ernie_jax.bench import report
         from ernie_jax.bench.machine import measure_machine, process_age
         from ernie_jax.bench.ops import TracedOps
+        from ernie_jax.engine.cache import kv_name
 
         self._values = values
         self._rng = np.random.default_rng(values.seed)
@@ -112,6 +113,7 @@ class _Bench:
             "sharding": self._llm.layout.describe(),
             "dtype": np.dtype(self._llm.engine.dtype).name,
             "quantize": self._llm.config.quantize,
+            "kv_dtype": kv_name(self._llm.engine.kv_dtype),
             "ops": self._llm.engine.describe_ops(),
             "prefill_chunk": self._llm.engine.options.prefill_chunk,
             "cache_tokens": self._llm.engine.cache_tokens,
@@ -124,8 +126,8 @@ class _Bench:
         found = self.found
         self.say(
             f"{values.model}{drawn} · {found['dtype']} · {found['devices']} x {found['device']} · JAX {found['jax']} · "
-            f"sharding {found['sharding']} · prefill chunks of {found['prefill_chunk']} · KV room for "
-            f"{found['cache_tokens']:,} tokens\n{report.describe_machine(self.machine)}"
+            f"sharding {found['sharding']} · prefill chunks of {found['prefill_chunk']} · "
+            f"{found['kv_dtype']} KV room for {found['cache_tokens']:,} tokens\n{report.describe_machine(self.machine)}"
         )
 
     def say(self, words: str) -> None:

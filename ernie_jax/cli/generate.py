@@ -69,7 +69,7 @@ def _generate_file(values: flags.FlagValues, settings: dict[str, Any]) -> int:
     from tqdm import tqdm
 
     records = read_objects(values.input)
-    work = [values.model, values.revision, values.dtype, settings, list(map(str, records))]
+    work = [values.model, values.revision, values.dtype, values.kv_dtype, settings, list(map(str, records))]
     with OrderedWriter(values.output, work) as writer:
         llm = models.load(values)
         if writer.done:

@@ -61,6 +61,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
     flags.DEFINE_string("quantize", None, "int8, fp8 or int4: draw --random_weights so", flag_values=values)
     flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
+    define_kv_dtype(values)
     flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (GPU 8192, else 512)", flag_values=values)
     flags.DEFINE_list(
         "ops",
@@ -70,6 +71,11 @@ def define_model_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     define_layout_flags(values)
+
+
+def define_kv_dtype(values: flags.FlagValues) -> None:
+    """Define the flag that gives the KV cache a dtype of its own."""
+    flags.DEFINE_string("kv_dtype", None, "of the KV cache: bfloat16, int8 or fp8; default: dtype", flag_values=values)
 
 
 def define_layout_flags(values: flags.FlagValues, default: str = "by the model and the devices") -> None:
@@ -125,7 +131,7 @@ def load(values: flags.FlagValues, **options):
 
     require(values, "model")
     use_compilation_cache()
-    names = ("cache_tokens", "max_sequences", "prefill_chunk")
+    names = ("cache_tokens", "max_sequences", "prefill_chunk", "kv_dtype")
     options = {name: values[name].value for name in names if name in values} | options
     options |= _backends(values.ops) | {"mesh": values.mesh, "sharding": values.sharding}
     if values.adapter and (values.random_weights or values.model in presets()):

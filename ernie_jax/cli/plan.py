@@ -39,6 +39,7 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("prefill_chunk", None, "prompt tokens of a step (the engine's)", flag_values=values)
     flags.DEFINE_string("dtype", None, "of weights and cache; default: the model's", flag_values=values)
+    models.define_kv_dtype(values)
     flags.DEFINE_string("quantize", None, "int8, fp8 or int4: as if converted so", flag_values=values)
     flags.DEFINE_bool("compare", False, "table all shardings", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
@@ -48,6 +49,7 @@ def _plan(values: flags.FlagValues) -> None:
     require(values, "model", "topology")
     os.environ["JAX_PLATFORMS"] = "cpu"  # read when JAX starts: leave this machine's accelerators alone
     from ernie_jax.checkpoint import parse_dtype
+    from ernie_jax.engine.cache import parse_kv_dtype
     from ernie_jax.engine.options import default_prefill_chunk
     from ernie_jax.planner import report
     from ernie_jax.planner.plan import Plan, Request, estimate_all, make_plan, measure, suggest
@@ -63,6 +65,7 @@ def _plan(values: flags.FlagValues) -> None:
         values.batch,
         min(_CONTEXT, config.max_position_embeddings) if values.context is None else values.context,
         default_prefill_chunk(topology.chip.platform) if values.prefill_chunk is None else values.prefill_chunk,
+        parse_kv_dtype(values.kv_dtype, parse_dtype(values.dtype or stored)),
     )
     announce = functools.partial(print, file=sys.stderr)
     plan = make_plan(request, values.sharding, values.mesh, announce=announce)
@@ -95,7 +98,7 @@ PLAN = Command(
         "main.py plan --model=ernie-4.5-21b-a3b --topology=v5e-8 --context=32768 --batch=16",
         "main.py plan --model=checkpoints/21b --topology=v6e:2x4 --sharding=expert+tensor --json",
         "main.py plan --model=ernie-4.5-21b-a3b --topology=h100:2 --compare",
-        "main.py plan --model=ernie-4.5-21b-a3b --topology=v6e-1 --quantize=int8",
+        "main.py plan --model=ernie-4.5-21b-a3b --topology=v6e-1 --quantize=int8 --kv_dtype=int8",
     ),
     _define,
     _plan,

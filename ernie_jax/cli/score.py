@@ -30,7 +30,7 @@ def _score(values: flags.FlagValues) -> int:
     require(values, "input", "output")
     hosts.join(values)
     records = read_objects(values.input)
-    work = ["score", values.model, values.revision, values.dtype, values.seed, list(map(str, records))]
+    work = ["score", values.model, values.revision, values.dtype, values.kv_dtype, values.seed, list(map(str, records))]
     with OrderedWriter(values.output, work) as writer:
         llm = models.load(values)
         if writer.done:

@@ -7,38 +7,89 @@ import jax.numpy as jnp
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
+from ernie_jax.ops.pages import Pages, ScaledPages, is_scaled
 from ernie_jax.sharding import Layout
 
 # The TPU kernels' page; 128 tokens of the 21B model are 256 KiB a layer.
 PAGE_SIZE = 128
-PAGE_AXES = ("page", None, "kv_head", "head_dim")
+_SCALE = jnp.dtype(jnp.float32)
+_PAGE_AXES = ("page", None, "kv_head", "head_dim")
+_SCALE_AXES = ("page", "kv_head", None)
+_DTYPES = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+
+def parse_kv_dtype(name: str | None, dtype: jnp.dtype) -> jnp.dtype:
+    """Return the dtype of the cache's pages: by name, or of the model, `dtype`.
+
+    Raises:
+      UserError: if there is no such name.
+    """
+    if name not in (None, *_DTYPES):
+        raise UserError(f"kv_dtype={name}: unknown; choose one of {', '.join(_DTYPES)}")
+    return jnp.dtype(dtype if name is None else _DTYPES[name])
+
+
+def kv_name(dtype: jnp.dtype) -> str:
+    """Name the dtype of pages as `parse_kv_dtype` takes it."""
+    return next((name for name, known in _DTYPES.items() if known == dtype), jnp.dtype(dtype).name)
+
+
+def check_kv_dtype(config: ModelConfig, dtype: jnp.dtype, layout: Layout, platform: str) -> None:
+    """Check that pages of a dtype are written in place where a layout puts them.
+
+    Args:
+      platform: of the devices, for which a plan's layout has stand-ins.
+
+    Raises:
+      UserError: if they are not.
+    """
+    # With fewer heads a TPU's XLA lays pages out by head, and turns the whole cache over for a write or a read.
+    least = {"int8": 4, "fp8": 2}.get(kv_name(dtype), 1)
+    heads = config.num_key_value_heads // layout.size("kv_head")
+    if platform == "tpu" and heads < least:
+        raise UserError(
+            f"--kv_dtype={kv_name(dtype)} needs {least} or more key/value heads on each TPU device, and sharding "
+            f"{layout.describe()} leaves {heads} of {config.num_key_value_heads}; use bfloat16 or another sharding"
+        )
 
 
 def bytes_per_token(config: ModelConfig, dtype: jnp.dtype) -> int:
-    """Return the cache bytes of one token over all layers."""
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    """Return the cache bytes of one token over all layers, those of scales included."""
+    head = config.head_dim * jnp.dtype(dtype).itemsize + (_SCALE.itemsize if is_scaled(dtype) else 0)
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * head
+
+
+def page_specs(config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> list:
+    """Return the PartitionSpecs of `abstract_pages`."""
+    values = layout.spec(_PAGE_AXES)
+    pages = ScaledPages(values, layout.spec(_SCALE_AXES)) if is_scaled(dtype) else values
+    return [pages] * config.num_hidden_layers
 
 
 def abstract_pages(
     config: ModelConfig, dtype: jnp.dtype, group_pages: int, page_size: int, layout: Layout
-) -> list[jax.ShapeDtypeStruct]:
-    """Describe the cache: one array [P, page_size, 2K, H] a layer, k and v interleaved by head.
+) -> list[Pages]:
+    """Describe the cache: pages [P, page_size, 2K, H] for each layer, k and v interleaved by head; of int8 with scales.
 
     Args:
       group_pages: pages of each data group; P is that times the number of groups.
     """
-    shape = (layout.groups * group_pages, page_size, 2 * config.num_key_value_heads, config.head_dim)
-    pages = jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(PAGE_AXES))
+    count, heads = layout.groups * group_pages, 2 * config.num_key_value_heads
+    shape = count, page_size, heads, config.head_dim
+    pages = jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(_PAGE_AXES))
+    if is_scaled(dtype):
+        scales = jax.ShapeDtypeStruct((count, heads, page_size), _SCALE, sharding=layout.sharding(_SCALE_AXES))
+        pages = ScaledPages(pages, scales)
     return [pages] * config.num_hidden_layers
 
 
-def make_pages(
-    config: ModelConfig, dtype: jnp.dtype, group_pages: int, page_size: int, layout: Layout
-) -> list[jax.Array]:
+def make_pages(config: ModelConfig, dtype: jnp.dtype, group_pages: int, page_size: int, layout: Layout) -> list[Pages]:
     """Allocate what `abstract_pages` describes."""
     abstract = abstract_pages(config, dtype, group_pages, page_size, layout)
-    zeros = jax.jit(lambda: jnp.zeros(abstract[0].shape, dtype), out_shardings=abstract[0].sharding)
-    return [zeros() for _ in abstract]
+    arrays, structure = jax.tree.flatten(abstract[0])
+    shardings = [array.sharding for array in arrays]
+    zeros = jax.jit(lambda: [jnp.zeros(array.shape, array.dtype) for array in arrays], out_shardings=shardings)
+    return [structure.unflatten(zeros()) for _ in abstract]
 
 
 def default_group_tokens(config: ModelConfig, dtype: jnp.dtype, layout: Layout, most: int) -> int:
@@ -56,7 +107,7 @@ def default_group_tokens(config: ModelConfig, dtype: jnp.dtype, layout: Layout, 
         if free < per_token * PAGE_SIZE:
             raise UserError(
                 f"no room for a KV cache: {free / 1e9:.2f} GB of {device.device_kind} memory are left beside the "
-                "weights; use a smaller dtype, more devices or larger ones"
+                "weights; use a smaller dtype or kv_dtype, more devices or larger ones"
             )
         tokens = min(tokens, free // per_token)
     return tokens

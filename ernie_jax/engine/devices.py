@@ -11,6 +11,7 @@ from ernie_jax.engine.batching import StepShape
 from ernie_jax.engine.sampler import Sampler, Settings, Stages
 from ernie_jax.engine.sampling import SampleOutput, SamplingParams
 from ernie_jax.engine.step import DeviceStep, StepOutput
+from ernie_jax.ops.pages import Pages
 
 
 class Devices:
@@ -20,16 +21,16 @@ class Devices:
     the same data.
 
     Attributes:
-      pages: the cache, an array a layer.
+      pages: the cache, an entry for each layer.
     """
 
-    def __init__(self, step: DeviceStep, sampler: Sampler, make_pages: Callable[[], list[jax.Array]]):
+    def __init__(self, step: DeviceStep, sampler: Sampler, make_pages: Callable[[], list[Pages]]):
         self.step, self.sampler, self.make_pages = step, sampler, make_pages
         self.reset()
 
     def reset(self) -> None:
         """Empty the cache, forget all settings and tokens, and count experts from nothing again."""
-        self.pages: list[jax.Array] = []  # free before there are others
+        self.pages: list[Pages] = []  # free before there are others
         self._sampled: tuple[jax.Array, jax.Array] | None = None
         self._following: jax.Array | None = None
         self._experts: jax.Array | tuple[()] = ()

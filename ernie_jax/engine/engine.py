@@ -112,19 +112,20 @@ class Engine:
             raise UserError(f"--sharding={layout.preset} is for training; choose another to generate")
         self.options = options = (options or EngineOptions()).on(layout.platform)
         self.dtype = model.embed.weight.dtype
+        self.kv_dtype = cache.parse_kv_dtype(options.kv_dtype, self.dtype)
         self.valid_vocab = valid_vocab or self.config.vocab_size
         self.stop_ids = stop_ids
         self._groups = layout.groups
         if options.cache_tokens is None:
             most = options.max_sequences * self.config.max_position_embeddings
-            tokens = min(distributed.gather(cache.default_group_tokens(self.config, self.dtype, layout, most)))
+            tokens = min(distributed.gather(cache.default_group_tokens(self.config, self.kv_dtype, layout, most)))
         else:
             tokens = -(-options.cache_tokens // self._groups)
         self._group_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
-        sizes = self.config, self.dtype, self._group_pages, options.page_size
+        sizes = self.config, self.kv_dtype, self._group_pages, options.page_size
         self._pools = [PagePool(self._group_pages - 1) for _ in range(self._groups)]
         self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
-        self._step = DeviceStep(model, layout, **options.backends)
+        self._step = DeviceStep(model, layout, **options.backends, kv_dtype=self.kv_dtype)
         self._shapes = Shapes(
             self._groups,
             options.max_sequences,
@@ -414,7 +415,9 @@ class Engine:
         def compiled() -> None:
             progress(next(done), total)
 
-        pages = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding) for array in devices.pages]
+        pages = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), devices.pages
+        )
         slots = self.options.max_sequences
         kept = compile_all((self._step.lower(shape, pages, slots) for shape in shapes), compiled)
         by_rows = {}

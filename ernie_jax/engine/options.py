@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from ernie_jax.engine.cache import PAGE_SIZE
+import jax.numpy as jnp
+
+from ernie_jax.engine.cache import PAGE_SIZE, parse_kv_dtype
 from ernie_jax.errors import UserError
 from ernie_jax.ops import (
     ATTENTION_BACKENDS,
@@ -43,6 +45,7 @@ class EngineOptions:
       mixed_chunk: the same while sequences are decoding, which then wait for them; None takes 2048 on a GPU, 256 on a
         TPU, 128 on a CPU; never more than prefill_chunk.
       page_size: tokens of a cache page.
+      kv_dtype: of the cache: bfloat16, int8 with a scale for each token and head, or fp8 (e4m3); None: the model's.
       prefix_caching: keep the pages of earlier sequences for prompts that begin alike.
       expert_backend: a name of ops.EXPERT_BACKENDS; None chooses by platform and number of tokens.
       attention_backend: a name of ops.ATTENTION_BACKENDS; None chooses by platform.
@@ -57,6 +60,7 @@ class EngineOptions:
     prefill_chunk: int | None = None
     mixed_chunk: int | None = None
     page_size: int = PAGE_SIZE
+    kv_dtype: str | None = None
     prefix_caching: bool = True
     expert_backend: str | None = None
     attention_backend: str | None = None
@@ -70,6 +74,7 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
+        parse_kv_dtype(self.kv_dtype, jnp.bfloat16)
         for op, backends in _BACKENDS.items():
             backend = getattr(self, f"{op}_backend")
             if backend not in (None, *backends):

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from ernie_jax.engine.batching import NO_TOKEN, Step, StepShape, pack, packed_sizes, unpack
-from ernie_jax.engine.cache import PAGE_AXES
+from ernie_jax.engine.cache import check_kv_dtype, page_specs
 from ernie_jax.engine.sampling import Features, SampleOutput, SamplerState, record_tokens, sample, write_rows
 from ernie_jax.kernels import compiling_for
 from ernie_jax.model import Backends, Ernie, GroupRows
@@ -75,21 +75,28 @@ class DeviceStep:
         linear_backend: str | None = None,
         router_backend: str | None = None,
         halves_backend: str | None = None,
+        kv_dtype: jnp.dtype | None = None,
     ):
         """Prepare the steps of a model whose weights lie as `layout` says; abstract weights allow `lower` only.
 
         Backends are names of ops' tables; None chooses by platform, that of the experts also by the number of tokens.
 
+        Args:
+          kv_dtype: of the cache's pages; default: the model's.
+
         Raises:
-          UserError: if the attention backend does not take the model's heads, or another its quantised weights.
+          UserError: if the attention backend does not take the model's heads or the pages, or another its quantised
+            weights.
         """
         config, platform = model.config, layout.platform
         if config.quantize:
             for op, backend in ("expert", expert_backend), ("linear", linear_backend), ("halves", halves_backend):
                 check_takes_quantized(op, backend, config.quantize)
             halves_backend = "none"
-        kv_heads = config.num_key_value_heads // layout.size("kv_head")
-        heads = config.head_dim, model.embed.weight.dtype, kv_heads
+        dtype = model.embed.weight.dtype
+        kv_dtype = jnp.dtype(dtype if kv_dtype is None else kv_dtype)
+        check_kv_dtype(config, kv_dtype, layout, platform)
+        heads = config.head_dim, dtype, config.num_key_value_heads // layout.size("kv_head"), kv_dtype
         self.attention_backend = attention_backend or default_attention_backend(platform, *heads)
         check_attention_backend(self.attention_backend, *heads)
         exchange_backend = exchange_backend or default_exchange_backend(platform)
@@ -103,7 +110,7 @@ class DeviceStep:
         self._layout = layout
         variables = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
         specs = [layout.spec(variable.get_metadata("axes")) for variable in variables]
-        page_spec = [layout.spec(PAGE_AXES)] * config.num_hidden_layers
+        page_spec = page_specs(config, kv_dtype, layout)
         everywhere = layout.spec(())
         self._own_axes = _GROUP_AXES if self.exchanges else ()  # of what each group knows of its own tokens only
         self.traces = 0  # how often a step was compiled: tests hold it to the number of shapes

@@ -1,18 +1,22 @@
 // Decode attention over a paged cache: one launch writes each token's new key and value and attends over its sequence.
 //
-// Work is counted in tiles of 16 cached positions of one key/value head, 8 KB. A warp has room for one tile; it refills
-// the keys' half while it works on the values and the other way round, so all warps of an SM keep some 100 KB on their
-// way. A lane copies what it needs itself, in pieces of 16 bytes that are tensor-core fragments as they lie in memory:
+// Work is counted in tiles of 16 cached positions of one key/value head, 8 KB, or 4 KB of 8-bit pages. A warp has room for
+// one tile; it refills the keys' half while it works on the values and the other way round, so all warps of an SM keep
+// some 100 KB on their way, or half of that. A lane copies what it needs itself, in pieces of 16 bytes that are tensor-core fragments as they lie in memory:
 // keys contiguous along the product's inner dimension, values by pairs of positions that a byte permutation turns. So
 // no barrier stands between memory and use. Scores [query, position] leave the first product in the layout in which the
 // second, out^T [dim, query] = values^T weights^T, takes its weights.
+//
+// Bytes become bfloat16 in registers, two instructions a number, exactly: a position's scale multiplies its scores, and
+// its weights before the second product.
 //
 // Which block attends over what is decided on the device, from this step's lengths, by every block alike (`Plan`).
 #pragma once
 
 #include <algorithm>
 
-#include "common.cuh"
+#include "attention_step.cuh"
+#include "pages.cuh"
 
 namespace ernie::attention {
 namespace {
@@ -32,17 +36,6 @@ constexpr int kBlocksPerSm = 16 / (NT * W);
 // How many blocks have left a partial result of what began in a block's range. The last to come makes it 0 again, and
 // XLA runs a device's launches one after the other, so every launch finds zeros.
 __device__ unsigned arrivals[kMostBlocks];
-
-struct Step {
-  const bf16 *q, *k, *v;  // of each token and key/value head: [R, H], [H], [H]
-  int line;               // elements from one to the next
-  const float* rotation;  // [T, 2, H / 2] cosines and sines to rotate queries and keys by; null: they are already
-  bf16* pages;            // [P, page_size, 2K, H]
-  const int *positions, *rows, *table;  // [T], [T], [B, width]
-  bf16* out;              // [T, K, R, H]
-  float* partials;        // [blocks, 2, R, kPitch]
-  int tokens, kv_heads, group, sequences, width, page_size;
-};
 
 // Rotate eight dims from `dim` on, in pairs of neighbours, by the angles of a token.
 __device__ __forceinline__ uint4 rotate(const uint4& v, const float* rotation, int dim) {
@@ -129,60 +122,98 @@ __device__ int find(const int* first, int tokens, int tile) {
 
 // Where a tile lies, and its last position that is in use: that one stands in for those behind it, which are masked but
 // might not be finite.
+template <typename C>
 struct Source {
-  const bf16* pages;  // of the head
-  int slot, last, stride;
+  const typename C::Number* pages;  // of the head
+  const float* scales;              // of the tile's keys; those of values lie a page's positions further on
+  int slot, last, stride, page_size;
 
-  __device__ __forceinline__ const bf16* key(int at) const { return pages + (int64_t)(slot + min(at, last)) * stride; }
-  __device__ __forceinline__ const bf16* value(int at) const { return key(at) + kHeadDim; }
+  __device__ __forceinline__ const typename C::Number* key(int at) const {
+    return pages + (int64_t)(slot + min(at, last)) * stride;
+  }
+  __device__ __forceinline__ const typename C::Number* value(int at) const { return key(at) + kHeadDim; }
 };
 
-// A warp's tile: for each lane the keys of positions lane / 4 + 8 h, 8 dims from 32 j + 8 (lane % 4) on, and the values
-// of positions 2 (lane % 4) + i % 2 + 8 (i / 2), 8 dims from 64 j + 8 (lane / 4) on.
+// A warp's tile, in pieces of 16 bytes, D dims: for each lane the keys of positions lane / 4 + 8 h, the dims from
+// 4 D j + D (lane % 4) on, and the values of positions 2 (lane % 4) + i % 2 + 8 (i / 2), from 8 D j + D (lane / 4) on.
+template <typename C>
 struct Tile {
-  uint4 keys[2][4][32];
-  uint4 values[4][2][32];
+  static constexpr int kDims = 16 / sizeof(typename C::Number), kPieces = 32 / kDims;
+  uint4 keys[2][kPieces][32];
+  uint4 values[4][kPieces / 2][32];
 
-  __device__ __forceinline__ void fetch_keys(const Source& source, int lane) {
+  // The dims of the i-th eight of a lane's keys, and of a lane's values.
+  __device__ __forceinline__ static int key_dim(int i, int lane) {
+    return i * 8 / kDims * kDims * 4 + lane % 4 * kDims + i * 8 % kDims;
+  }
+  __device__ __forceinline__ static int value_dim(int i, int lane) {
+    return i * 8 / kDims * kDims * 8 + lane / 4 * kDims + i * 8 % kDims;
+  }
+
+  __device__ __forceinline__ void fetch_keys(const Source<C>& source, int lane) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bf16* p = source.key(lane / 4 + 8 * h) + lane % 4 * 8;
+      const typename C::Number* p = source.key(lane / 4 + 8 * h) + lane % 4 * kDims;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) copy_async(&keys[h][j][lane], p + 32 * j);
+      for (int j = 0; j < kPieces; ++j) copy_async(&keys[h][j][lane], p + 4 * kDims * j);
     }
     commit_copies();
   }
 
-  __device__ __forceinline__ void fetch_values(const Source& source, int lane) {
+  __device__ __forceinline__ void fetch_values(const Source<C>& source, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bf16* p = source.value(lane % 4 * 2 + i % 2 + i / 2 * 8) + lane / 4 * 8;
+      const typename C::Number* p = source.value(lane % 4 * 2 + i % 2 + i / 2 * 8) + lane / 4 * kDims;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) copy_async(&values[i][j][lane], p + 64 * j);
+      for (int j = 0; j < kPieces / 2; ++j) copy_async(&values[i][j][lane], p + 8 * kDims * j);
     }
     commit_copies();
+  }
+};
+
+// Scales of a lane's positions 2 (lane % 4) + i % 2 + 8 (i / 2), by i.
+template <typename C>
+struct Scales {
+  float keys[4], values[4];
+
+  __device__ __forceinline__ void fetch(const Source<C>& source, int lane) {
+    if constexpr (C::kScaled) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float* p = source.scales + lane % 4 * 2 + 8 * h;
+        const float2 k = __ldcg(reinterpret_cast<const float2*>(p));
+        const float2 v = __ldcg(reinterpret_cast<const float2*>(p + source.page_size));
+        keys[2 * h] = k.x, keys[2 * h + 1] = k.y, values[2 * h] = v.x, values[2 * h + 1] = v.y;
+      }
+    }
   }
 };
 
 // What a warp keeps in shared memory: its tile, and when it is done what it found, [query][dim] and at kHeadDim the
 // maximum and the sum.
-template <int NT>
+template <int NT, typename C>
 union Room {
-  Tile tile;
+  Tile<C> tile;
   float found[8 * NT][kPitch];
 };
 
-// acc += values^T weights^T. Row g of product i is dim 8 g + i, row g + 8 dim 64 + 8 g + i.
-template <int NT>
-__device__ __forceinline__ void add_values(float (&acc)[NT][8][4], const Tile& tile, const uint32_t (&weights)[NT][2],
+// acc += values^T weights^T. Row g of product i is the i-th dim of a lane's first eight, row g + 8 of its second.
+template <int NT, typename C>
+__device__ __forceinline__ void add_values(float (&acc)[NT][8][4], const Tile<C>& tile, const uint32_t (&weights)[NT][2],
                                            int lane) {
 #pragma unroll
-  for (int i = 0; i < 8; i += 4) {  // half of a lane's 16 bytes at a time: there are not the registers for all
+  for (int i = 0; i < 8; i += 4) {  // half of a lane's eights at a time: there are not the registers for all
     uint2 v[4][2];
 #pragma unroll
-    for (int at = 0; at < 4; ++at)
+    for (int at = 0; at < 4; ++at) {
+      if constexpr (sizeof(typename C::Number) == 2) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) v[at][j] = reinterpret_cast<const uint2*>(&tile.values[at][j][lane])[i / 4];
+        for (int j = 0; j < 2; ++j) v[at][j] = reinterpret_cast<const uint2*>(&tile.values[at][j][lane])[i / 4];
+      } else {
+        const uint4 piece = tile.values[at][0][lane];
+        v[at][0] = C::widen(i ? piece.y : piece.x), v[at][1] = C::widen(i ? piece.w : piece.z);
+      }
+    }
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       uint32_t a[2][2];
@@ -207,7 +238,9 @@ struct Softmax {
   float acc[NT][8][4] = {};
 
   // Turn scores [n-tile of positions][4] into weights, and bring what was added so far to the new maximum.
-  __device__ __forceinline__ void weigh(float (&scores)[2][4], uint32_t (&weights)[NT][2], int lane) {
+  template <typename C>
+  __device__ __forceinline__ void weigh(float (&scores)[2][4], const Scales<C>& scales, uint32_t (&weights)[NT][2],
+                                        int lane) {
     constexpr float kScale = 0.08838834764831845f * 1.4426950408889634f;  // H^-0.5 / ln 2
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
@@ -223,6 +256,7 @@ struct Softmax {
       for (int i = 0; i < 4; ++i) {
         *s[i] = exp2f(*s[i] * kScale - most);
         sum[n] += *s[i];
+        if constexpr (C::kScaled) *s[i] *= scales.values[i];
       }
       weights[n][0] = pack(*s[0], *s[1]);
       weights[n][1] = pack(*s[2], *s[3]);
@@ -237,8 +271,8 @@ struct Softmax {
 };
 
 // Attend with the queries of a token's head over its tiles [begin, end), each warp over its share.
-template <int NT, int W>
-__device__ __forceinline__ void attend(const Step& step, int t, int head, int begin, int end, Room<NT>* rooms) {
+template <int NT, int W, typename C>
+__device__ __forceinline__ void attend(const Step& step, int t, int head, int begin, int end, Room<NT, C>* rooms) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int tile = begin + warp;
   if (tile >= end) return;
@@ -246,35 +280,42 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
   const float* rotation = step.rotation ? step.rotation + t * kHeadDim : nullptr;
   const int position = step.positions[t], page_tiles = step.page_size / kTile, stride = 2 * step.kv_heads * kHeadDim;
   const int table = step.rows[t] * step.width;
-  bf16* pages = step.pages + 2 * head * kHeadDim;
+  auto* pages = static_cast<typename C::Number*>(step.pages) + 2 * head * kHeadDim;
+  const auto scale_of = [&](int page, int at) {  // of the head's key at a position of a page
+    return step.scales + ((int64_t)page * step.kv_heads + head) * 2 * step.page_size + at;
+  };
   const auto source = [&](int tile, int page) {
-    return Source{pages, (page * page_tiles + tile % page_tiles) * kTile, position - tile * kTile, stride};
+    return Source<C>{pages, scale_of(page, tile % page_tiles * kTile), (page * page_tiles + tile % page_tiles) * kTile,
+                     position - tile * kTile, stride, step.page_size};
   };
 
   int page = step.table[table + tile / page_tiles];
   const int newest = position / kTile;
   if (newest < end && (newest - begin) % W == warp) {  // the warp that will read the new key and value writes them
-    const int slot = step.table[table + newest / page_tiles] * step.page_size + position % step.page_size;
-    bf16* to = pages + (int64_t)slot * stride;
+    const int target = step.table[table + newest / page_tiles], at = position % step.page_size;
+    auto* to = pages + ((int64_t)target * step.page_size + at) * stride;
     const int dim = lane % 16 * 8;
     uint4 eight = *reinterpret_cast<const uint4*>((lane < 16 ? step.k : step.v) + (int64_t)line * step.line + dim);
     if (rotation && lane < 16) eight = rotate(eight, rotation, dim);
-    *reinterpret_cast<uint4*>(to + lane * 8) = eight;
+    C::store(eight, to + lane * 8, scale_of(target, at) + lane / 16 * step.page_size, lane);
     __syncwarp();
   }
-  Tile& room = rooms[warp].tile;
+  Tile<C>& room = rooms[warp].tile;
+  Scales<C> scales = {}, next_scales = {};
   room.fetch_keys(source(tile, page), lane);
   room.fetch_values(source(tile, page), lane);
+  scales.fetch(source(tile, page), lane);
   if (tile + W < end) page = step.table[table + (tile + W) / page_tiles];
   uint4 queries[NT][4];
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
     const int query = lane / 4 + 8 * n;
-    const bf16* p = step.q + (int64_t)line * step.line + query * kHeadDim + lane % 4 * 8;
+    const bf16* p = step.q + (int64_t)line * step.line + query * kHeadDim;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      queries[n][j] = query < step.group ? *reinterpret_cast<const uint4*>(p + 32 * j) : make_uint4(0, 0, 0, 0);
-      if (rotation) queries[n][j] = rotate(queries[n][j], rotation, 32 * j + lane % 4 * 8);
+    for (int i = 0; i < 4; ++i) {
+      const int dim = Tile<C>::key_dim(i, lane);
+      queries[n][i] = query < step.group ? *reinterpret_cast<const uint4*>(p + dim) : make_uint4(0, 0, 0, 0);
+      if (rotation) queries[n][i] = rotate(queries[n][i], rotation, dim);
     }
   }
 
@@ -283,29 +324,50 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
   for (int n = 0; n < NT; ++n) softmax.peak[n] = -INFINITY, softmax.sum[n] = 0;
   for (; tile < end; tile += W) {
     const bool more = tile + W < end;
-    const Source next = source(tile + W, page);
+    const Source<C> next = source(tile + W, page);
     if (tile + 2 * W < end) page = step.table[table + (tile + 2 * W) / page_tiles];
     wait_for_copies<1>();
     float scores[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < Tile<C>::kPieces; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        constexpr int kEights = Tile<C>::kDims / 8;
+        uint4 eights[kEights];
+        C::widen(room.keys[h][j][lane], eights);
+#pragma unroll
+        for (int u = 0; u < kEights; ++u) {
+          const int i = kEights * j + u;
+          mma32(scores[h], queries[0][i], NT == 2 ? queries[NT - 1][i] : make_uint4(0, 0, 0, 0), eights[u]);
+        }
+      }
+    if (more) {
+      room.fetch_keys(next, lane);
+      next_scales.fetch(next, lane);
+    } else {
+      commit_copies();
+    }
+    if constexpr (C::kScaled) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        mma32(scores[h], queries[0][j], NT == 2 ? queries[NT - 1][j] : make_uint4(0, 0, 0, 0), room.keys[h][j][lane]);
-    more ? room.fetch_keys(next, lane) : commit_copies();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[h][i] *= scales.keys[2 * h + i % 2];
+    }
     if (tile == newest) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (tile * kTile + 8 * h + lane % 4 * 2 + i % 2 > position) scores[h][i] = -INFINITY;
+          if (tile * kTile + 8 * h + lane % 4 * 2 + i % 2 > position)
+            scores[h][i] = -INFINITY, scales.values[2 * h + i % 2] = 0;
         }
     }
     uint32_t weights[NT][2];
-    softmax.weigh(scores, weights, lane);
+    softmax.weigh(scores, scales, weights, lane);
     wait_for_copies<1>();
     add_values(softmax.acc, room, weights, lane);
     more ? room.fetch_values(next, lane) : commit_copies();
+    scales = next_scales;
   }
 
   float(*found)[kPitch] = rooms[warp].found;
@@ -318,8 +380,8 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
     float* end_of_row = &found[lane / 4 + 8 * n][kHeadDim];
     if (lane % 4 == 0) end_of_row[0] = softmax.peak[n], end_of_row[1] = sum;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // query 2 c + i % 2, dims 64 (i / 2) + 8 g and the next 7
-      float4* row = reinterpret_cast<float4*>(&found[lane % 4 * 2 + i % 2 + 8 * n][i / 2 * 64 + lane / 4 * 8]);
+    for (int i = 0; i < 4; ++i) {  // query 2 c + i % 2, eight dims
+      float4* row = reinterpret_cast<float4*>(&found[lane % 4 * 2 + i % 2 + 8 * n][Tile<C>::value_dim(i / 2, lane)]);
       const auto& a = softmax.acc[n];
       row[0] = make_float4(a[0][i], a[1][i], a[2][i], a[3][i]);
       row[1] = make_float4(a[4][i], a[5][i], a[6][i], a[7][i]);
@@ -368,8 +430,8 @@ __device__ __forceinline__ void each_result(int group, Use use) {
 }
 
 // Sum what the first `used` warps of the block found.
-template <int NT, int W>
-__device__ __forceinline__ Merge merge_warps(const Room<NT>* rooms, int used, int query, int dim) {
+template <int NT, int W, typename C>
+__device__ __forceinline__ Merge merge_warps(const Room<NT, C>* rooms, int used, int query, int dim) {
   float2 ends[W];
   float4 outs[W];
 #pragma unroll
@@ -410,12 +472,12 @@ __device__ __forceinline__ void merge_ranges(const Step& step, int head, int fro
   });
 }
 
-template <int NT, int W>
+template <int NT, int W, typename C>
 __global__ void __launch_bounds__(32 * W, kBlocksPerSm<NT, W>) decode_kernel(const Step step) {
   __shared__ int first[kMostTokens + 1];
   __shared__ Plan plan;
   __shared__ bool last;
-  Room<NT>* rooms = dynamic_shared<Room<NT>>();
+  Room<NT, C>* rooms = dynamic_shared<Room<NT, C>>();
   const int longest = count_tiles<W>(step, first);
   if (threadIdx.x == 0) plan = make_plan(step, first[step.tokens], longest);
   launch_next();
@@ -435,18 +497,18 @@ __global__ void __launch_bounds__(32 * W, kBlocksPerSm<NT, W>) decode_kernel(con
     for (int at = plan.begin(range, first), end; at < range_end; at = end) {
       const int t = find(first, step.tokens, at), begin = first[t];
       end = min(range_end, first[t + 1]);
-      attend<NT, W>(step, t, head, at - begin, end - begin, rooms);
+      attend<NT, W, C>(step, t, head, at - begin, end - begin, rooms);
       __syncthreads();
       const int used = min(end - at, W);
       bf16* out = step.out + (t * step.kv_heads + head) * head_size;
       if (at == begin && end == first[t + 1]) {
         each_result(step.group, [&](int query, int dim) {
-          merge_warps<NT, W>(rooms, used, query, dim).finish(out + query * kHeadDim + dim);
+          merge_warps<NT, W, C>(rooms, used, query, dim).finish(out + query * kHeadDim + dim);
         });
       } else {
         float* mine = partial(step, range, head, at == begin);
         each_result(step.group, [&](int query, int dim) {
-          const Merge merge = merge_warps<NT, W>(rooms, used, query, dim);
+          const Merge merge = merge_warps<NT, W, C>(rooms, used, query, dim);
           *reinterpret_cast<float4*>(mine + query * kPitch + dim) = merge.out;
           if (dim == 0)
             *reinterpret_cast<float2*>(mine + query * kPitch + kHeadDim) = make_float2(merge.peak, merge.sum);
@@ -466,27 +528,27 @@ __global__ void __launch_bounds__(32 * W, kBlocksPerSm<NT, W>) decode_kernel(con
   }
 }
 
-template <int NT, int W>
-void run(cudaStream_t stream, const Step& step, int64_t blocks_at_most, bool early) {
+template <int NT, int W, typename C>
+void launch_with(cudaStream_t stream, const Step& step, int64_t blocks_at_most, bool early) {
   // As many ranges as run at a time, but no more than the longest sequences that the tables have room for could fill.
   const int64_t at_a_time = kBlocksPerSm<NT, W> * device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t most = std::min<int64_t>({kMostBlocks, blocks_at_most, at_a_time});
   const int64_t pieces = (step.width * (step.page_size / kTile) + kLeastTiles - 1) / kLeastTiles;
   const int64_t ranges = std::min<int64_t>(step.tokens * pieces, most / step.kv_heads);
   const int blocks = std::max<int64_t>(ranges, 1) * step.kv_heads;
-  launch(stream, decode_kernel<NT, W>, {blocks, 32 * W, W * sizeof(Room<NT>), 1, early}, step);
+  launch(stream, decode_kernel<NT, W, C>, {blocks, 32 * W, W * sizeof(Room<NT, C>), 1, early}, step);
 }
 
-// Launch the kernel for a step; `blocks` is how many partial results there is room for.
-inline void run(cudaStream_t stream, const Step& step, int64_t blocks_at_most, bool early = false) {
+template <typename C>
+void launch_for(cudaStream_t stream, const Step& step, int64_t blocks_at_most, bool early) {
   // Of many tokens each has few warps, and more of them run at a time: a short sequence has no work for eight.
   const int at_a_time = kBlocksPerSm<1, 8> * device_attribute(cudaDevAttrMultiProcessorCount);
   if (step.group > 8)
-    run<2, 4>(stream, step, blocks_at_most, early);
+    launch_with<2, 4, C>(stream, step, blocks_at_most, early);
   else if (step.tokens * step.kv_heads <= at_a_time)
-    run<1, 8>(stream, step, blocks_at_most, early);
+    launch_with<1, 8, C>(stream, step, blocks_at_most, early);
   else
-    run<1, 4>(stream, step, blocks_at_most, early);
+    launch_with<1, 4, C>(stream, step, blocks_at_most, early);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Half a decoder layer in one call, for up to 16 tokens of a decode step: its kernels follow one another without a gap,
 // each with its weights on their way before the one in front of it is done.
-#include "attention.cuh"
+#include "attention_step.cuh"
 #include "experts.cuh"
 #include "linear.cuh"
 #include "router.cuh"
@@ -27,11 +27,12 @@ void run_norm(cudaStream_t stream, const ffi::AnyBuffer& x, const ffi::AnyBuffer
 
 // out = attention(norm(x)), or x + that; see ops/halves.py.
 ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer qkv_weight,
-                          ffi::AnyBuffer out_weight, ffi::AnyBuffer rotation, ffi::AnyBuffer, ffi::AnyBuffer positions,
-                          ffi::AnyBuffer rows, ffi::AnyBuffer table, ffi::Result<ffi::AnyBuffer> out,
-                          ffi::Result<ffi::AnyBuffer> pages, ffi::Result<ffi::AnyBuffer> normalised,
-                          ffi::Result<ffi::AnyBuffer> qkv, ffi::Result<ffi::AnyBuffer> heads, ffi::Result<ffi::AnyBuffer> partials, float epsilon,
-                          int64_t residual) {
+                          ffi::AnyBuffer out_weight, ffi::AnyBuffer rotation, ffi::AnyBuffer positions,
+                          ffi::AnyBuffer rows, ffi::AnyBuffer table, ffi::AnyBuffer, ffi::RemainingArgs,
+                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> normalised,
+                          ffi::Result<ffi::AnyBuffer> qkv, ffi::Result<ffi::AnyBuffer> heads,
+                          ffi::Result<ffi::AnyBuffer> partials, ffi::Result<ffi::AnyBuffer> pages,
+                          ffi::RemainingRets scales, float epsilon, int64_t residual) {
   const int tokens = x.dimensions()[0], width = x.dimensions()[1];
   const int kv_heads = qkv_weight.dimensions()[0], lines = qkv_weight.dimensions()[1], dim = qkv_weight.dimensions()[2];
   const bool one = tokens == 1;  // whose norm every block of the product computes for itself
@@ -39,14 +40,8 @@ ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer 
   run_linear(stream, {one ? data<bf16>(x) : data<bf16>(*normalised), one ? data<bf16>(norm) : nullptr,
                       data<bf16>(qkv_weight), nullptr, data<bf16>(*qkv), tokens, kv_heads * lines * dim, width, epsilon},
              true);
-  attention::Step step;
-  step.q = data<bf16>(*qkv), step.k = step.q + (lines - 2) * dim, step.v = step.k + dim;
-  step.line = lines * dim;
-  step.rotation = data<float>(rotation);
-  step.tokens = tokens, step.kv_heads = kv_heads, step.group = lines - 2;
-  step.pages = data<bf16>(*pages), step.page_size = pages->dimensions()[1];
-  step.positions = data<int>(positions), step.rows = data<int>(rows), step.table = data<int>(table);
-  step.sequences = table.dimensions()[0], step.width = table.dimensions()[1];
+  attention::Step step =
+      attention::describe(data<bf16>(*qkv), qkv->dimensions(), rotation, *pages, scales, positions, rows, table);
   step.out = data<bf16>(*heads), step.partials = data<float>(*partials);
   attention::run(stream, step, partials->dimensions()[0], true);
   run_linear(stream, {data<bf16>(*heads), nullptr, data<bf16>(out_weight), residual ? data<bf16>(x) : nullptr,
@@ -105,12 +100,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_attention_half, ernie::attention_half,
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
+                                  .RemainingArgs()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
+                                  .RemainingRets()
                                   .Attr<float>("epsilon")
                                   .Attr<int64_t>("residual"),
                               {ernie::ffi::Traits::kCmdBufferCompatible});

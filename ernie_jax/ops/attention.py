@@ -11,6 +11,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 
 from ernie_jax.errors import UserError
 from ernie_jax.ops.decode_attention import MOST_TOKENS, decode_attention, decode_problem
+from ernie_jax.ops.pages import Pages, is_scaled, take, write
 from ernie_jax.ops.precision import einsum
 from ernie_jax.ops.prefill_attention import prefill, takes_prefill
 
@@ -79,14 +80,15 @@ def paged_attention(
     q: jax.Array,  # [T, K, R, H]
     k: jax.Array,  # [T, K, H]
     v: jax.Array,  # [T, K, H]
-    pages: jax.Array,  # [P, page_size, 2K, H]
+    pages: Pages,  # [P, page_size, 2K, H]
     batch: RaggedBatch,
     backend: str = "xla",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages]:
     """Write the new keys and values into their pages, then attend causally over each sequence's pages.
 
-    Pages hold k and v interleaved by head: k0, v0, k1, v1, ... The softmax is float32. Rows of padding tokens come back
-    undefined but finite, and write to no page but the last, which belongs to no sequence.
+    Pages hold k and v interleaved by head: k0, v0, k1, v1, ... The softmax is float32. What pages round off is seen by
+    no query, not even of the same step. Rows of padding tokens come back undefined but finite, and write to no page but
+    the last, which belongs to no sequence.
 
     Args:
       backend: a name of ATTENTION_BACKENDS.
@@ -128,23 +130,28 @@ class PagedAttention:
         return decode_attention(qkv, angles, pages, self.batch)
 
 
-def default_attention_backend(platform: str, head_dim: int, dtype: jnp.dtype, kv_heads: int) -> str:
-    """Choose a backend: on TPUs and GPUs the kernel, where it takes the model's heads.
+def default_attention_backend(
+    platform: str, head_dim: int, dtype: jnp.dtype, kv_heads: int, kv_dtype: jnp.dtype | None = None
+) -> str:
+    """Choose a backend: on TPUs and GPUs the kernel, where it takes the model's heads and the pages.
 
     Args:
       kv_heads: key/value heads of one shard.
+      kv_dtype: of the pages; default: `dtype`, that of the heads.
     """
     kernel = {"tpu": "rpa", "gpu": "cuda"}.get(platform)
-    return kernel if kernel and _problem(kernel, head_dim, dtype, kv_heads) is None else "xla"
+    return kernel if kernel and _problem(kernel, head_dim, dtype, kv_heads, kv_dtype) is None else "xla"
 
 
-def check_attention_backend(backend: str, head_dim: int, dtype: jnp.dtype, kv_heads: int) -> None:
+def check_attention_backend(
+    backend: str, head_dim: int, dtype: jnp.dtype, kv_heads: int, kv_dtype: jnp.dtype | None = None
+) -> None:
     """Check that a backend takes a model's heads; arguments as in `default_attention_backend`.
 
     Raises:
       UserError: if it does not.
     """
-    if problem := _problem(backend, head_dim, dtype, kv_heads):
+    if problem := _problem(backend, head_dim, dtype, kv_heads, kv_dtype):
         raise UserError(f"attention backend {backend} {problem}; use attention backend xla")
 
 
@@ -153,11 +160,12 @@ def pads_queries(backend: str, page_size: int) -> bool:
     return backend == "xla" or (backend == "cuda" and not takes_prefill(page_size))
 
 
-def _problem(backend, head_dim, dtype, kv_heads):
-    """Say what a backend does not take of a model's heads, if anything."""
+def _problem(backend, head_dim, dtype, kv_heads, kv_dtype):
+    """Say what a backend does not take of a model's heads and pages, if anything."""
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
     if backend == "rpa":
-        return _rpa_problem(head_dim, dtype, kv_heads)
-    return decode_problem(head_dim, dtype) if backend == "cuda" else None
+        return _rpa_problem(head_dim, dtype, kv_heads, kv_dtype)
+    return decode_problem(head_dim, dtype, kv_dtype) if backend == "cuda" else None
 
 
 def _write(k, v, pages, batch):
@@ -166,7 +174,7 @@ def _write(k, v, pages, batch):
     tokens, kv_heads, head_dim = k.shape
     table = jnp.pad(batch.page_table, ((0, 1), (0, 0)), constant_values=len(pages) - 1)  # row of padding tokens
     page = table[batch.rows, batch.positions // page_size]
-    new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim).astype(pages.dtype)
+    new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim)
     slot = batch.positions % page_size
     if tokens == 1:
         # XLA makes a single write a dynamic-update-slice, for which a TPU changes the layout of the whole cache and
@@ -176,9 +184,8 @@ def _write(k, v, pages, batch):
     # Padding gets places beyond the pages, all different, and is dropped: of places that may be equal, GPUs' XLA writes
     # each number by a loop of compare-and-swap.
     page = jnp.where(page < len(pages) - 1, page, len(pages) + jnp.arange(len(page)))
-    pages = pages.at[page, slot].set(new, mode="drop", unique_indices=True)
     # Without the barrier XLA may fuse the write into the reads that follow, and then copies the whole cache first.
-    return jax.lax.optimization_barrier(pages)
+    return jax.lax.optimization_barrier(write(pages, page, slot, new))
 
 
 def _xla(q, pages, batch):
@@ -205,15 +212,21 @@ def _attend_pages(q, pages, table, positions, lengths):
     def step(carry, block):
         maximum, total, out = carry
         index, ids = block
-        kv = pages[ids].reshape(sequences, block_pages * page_size, kv_heads, 2, head_dim)
+        kv, scales = take(pages, ids)
+        kv = kv.astype(q.dtype)  # of int8, whose scales factor out of both products, every number is one of bfloat16
         scores = einsum("bqkrh,bskh->bkrqs", q, kv[:, :, :, 0], jnp.float32) * head_dim**-0.5
+        if scales is not None:
+            scores *= scales[:, :, 0, None, None]
         cached = index * block_pages * page_size + jnp.arange(block_pages * page_size)
         scores = jnp.where((cached <= limit[:, :, None])[:, None, None], scores, _MASKED)
         new_maximum = jnp.maximum(maximum, scores.max(-1))
         weights = jnp.exp(scores - new_maximum[..., None])
         rescale = jnp.exp(maximum - new_maximum)
+        total = total * rescale + weights.sum(-1)
+        if scales is not None:
+            weights *= scales[:, :, 1, None, None]
         values = einsum("bkrqs,bskh->bkrqh", weights.astype(q.dtype), kv[:, :, :, 1], jnp.float32)
-        return (new_maximum, total * rescale + weights.sum(-1), out * rescale[..., None] + values), None
+        return (new_maximum, total, out * rescale[..., None] + values), None
 
     rows = (sequences, kv_heads, group, queries)
     carry = (jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros((*rows, head_dim)))
@@ -228,13 +241,14 @@ def _attend_pages(q, pages, table, positions, lengths):
 def _rpa(q, pages, batch):
     """JAX's TPU kernel: a block of queries at a time over those of a sequence's pages that are in use."""
     tokens, kv_heads, group, head_dim = q.shape
-    check_attention_backend("rpa", head_dim, pages.dtype, kv_heads)
+    check_attention_backend("rpa", head_dim, q.dtype, kv_heads, pages.dtype)
     _, page_size, _, _ = pages.shape
     sequences, width = batch.page_table.shape
     # Up to 1,024 cached positions at a time: two such buffers, and the scores of 32 queries of a key/value head, stay
     # within the 16 MiB of vector memory that a kernel gets on the smallest chips. JAX's own table knows no compile-only
     # chips; where it lists heads like these, on v5e and v6e, it has 32 queries and mostly 1,024 positions too.
-    positions = min(1024, 8192 // (kv_heads * pages.dtype.itemsize))
+    positions = min(1024, 8192 // (kv_heads * max(2, pages.dtype.itemsize)))  # 8 bits are widened there
+    widened = 1.0 if pages.dtype.itemsize == 1 else None  # with a scale the kernel turns what it reads into q's dtype
     live = jnp.sum(batch.kv_lengths > 0, dtype=jnp.int32)
     # The kernel starts to read the first sequence in any case, and must wait for it: a step without one reads scratch.
     idle = live == 0
@@ -246,6 +260,8 @@ def _rpa(q, pages, batch):
         jnp.where(idle, jnp.minimum(jnp.arange(sequences + 1, dtype=jnp.int32), 1), batch.starts),
         jnp.maximum(live, 1)[None],
         sm_scale=head_dim**-0.5,
+        k_scale=widened,
+        v_scale=widened,
         num_kv_pages_per_block=min(width, max(1, positions // page_size)),
         num_queries_per_block=min(tokens, 32),
     ).reshape(q.shape)
@@ -253,12 +269,19 @@ def _rpa(q, pages, batch):
     return jnp.where((batch.rows < sequences)[:, None, None, None], out, 0)
 
 
-def _rpa_problem(head_dim: int, dtype: jnp.dtype, kv_heads: int) -> str | None:
+def _rpa_problem(head_dim: int, dtype: jnp.dtype, kv_heads: int, kv_dtype: jnp.dtype) -> str | None:
     """Say what the kernel does not take, if anything."""
     if head_dim % 128:
         return f"takes heads of a multiple of 128, not of {head_dim}"
     if dtype not in (jnp.bfloat16, jnp.float32):
-        return f"takes bfloat16 or float32 pages, not {jnp.dtype(dtype).name}"
+        return f"takes bfloat16 or float32 heads, not {jnp.dtype(dtype).name}"
+    if is_scaled(kv_dtype):
+        return "takes one scale for all pages, not int8's for each token and head"
+    if kv_dtype not in (dtype, jnp.float8_e4m3fn):
+        name = jnp.dtype(dtype).name
+        return f"takes {name} or fp8 pages of {name} heads, not {jnp.dtype(kv_dtype).name}"
+    if jnp.dtype(kv_dtype).itemsize == 1 and kv_heads == 1:
+        return "takes 2 or more key/value heads a shard with an 8-bit cache, not 1"
     if 8 % kv_heads and kv_heads % 8:
         return f"takes 1, 2, 4 or a multiple of 8 key/value heads a shard, not {kv_heads}"
     return None

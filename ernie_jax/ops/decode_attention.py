@@ -7,18 +7,23 @@ import jax.numpy as jnp
 
 from ernie_jax import kernels
 from ernie_jax.errors import UserError
+from ernie_jax.ops.pages import Pages, arrays, described, rebuilt
 
 MOST_TOKENS = 2048  # of a step, as in kernels/attention.cu
 _BLOCKS = 512  # with a partial result each
 _PITCH = 132  # floats of one: its dims, maximum and sum, and two to keep it aligned
 
 
-def decode_problem(head_dim: int, dtype: jnp.dtype, group: int = 1, page_size: int = 16) -> str | None:
+def decode_problem(
+    head_dim: int, dtype: jnp.dtype, kv_dtype: jnp.dtype, group: int = 1, page_size: int = 16
+) -> str | None:
     """Say what the kernel does not take, if anything."""
     if head_dim != 128:
         return f"takes heads of 128, not of {head_dim}"
     if dtype != jnp.bfloat16:
-        return f"takes bfloat16 pages, not {jnp.dtype(dtype).name}"
+        return f"takes bfloat16 heads, not {jnp.dtype(dtype).name}"
+    if kv_dtype not in (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
+        return f"takes bfloat16, int8 or fp8 pages, not {jnp.dtype(kv_dtype).name}"
     if group > 16:
         return f"takes up to 16 query heads a key/value head, not {group}"
     if page_size % 16:
@@ -29,9 +34,9 @@ def decode_problem(head_dim: int, dtype: jnp.dtype, group: int = 1, page_size: i
 def decode_attention(
     qkv: jax.Array,  # [T, K, R + 2, H]
     angles: jax.Array | None,  # [T, H / 2] float32
-    pages: jax.Array,
+    pages: Pages,
     batch,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages]:
     """Do what `paged_attention` does for a step of at most one token a sequence and MOST_TOKENS in all.
 
     Padding tokens come back zero and write nothing. The pages are updated in place where they are donated.
@@ -41,24 +46,24 @@ def decode_attention(
       angles: to rotate queries and keys by; None: they are rotated.
     """
     tokens, kv_heads, lines, head_dim = qkv.shape
-    if problem := decode_problem(head_dim, pages.dtype, lines - 2, pages.shape[1]):
+    if problem := decode_problem(head_dim, qkv.dtype, pages.dtype, lines - 2, pages.shape[1]):
         raise UserError(f"attention backend cuda {problem}; use attention backend xla")
-    out, pages, _ = kernels.call(
+    out, _, *written = kernels.call(
         "ernie_decode_attention",
         [
             jax.ShapeDtypeStruct((tokens, kv_heads, lines - 2, head_dim), qkv.dtype),
-            jax.ShapeDtypeStruct(pages.shape, pages.dtype),
             partial_results(lines - 2),
+            *described(pages),
         ],
-        qkv.astype(pages.dtype),
+        qkv,
         jnp.zeros((0, 2, head_dim // 2)) if angles is None else rotation(angles),
-        pages,
         batch.positions,
         batch.rows,
         batch.page_table,
-        aliases={2: 1},
+        *arrays(pages),
+        aliases={5 + i: 2 + i for i in range(len(arrays(pages)))},
     )
-    return out, pages
+    return out, rebuilt(pages, written)
 
 
 def rotation(angles: jax.Array) -> jax.Array:

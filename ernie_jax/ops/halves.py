@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ernie_jax import kernels
 from ernie_jax.ops.attention import RaggedBatch
 from ernie_jax.ops.decode_attention import decode_problem, partial_results, rotation
+from ernie_jax.ops.pages import Pages, arrays, described, rebuilt
 from ernie_jax.ops.router import SPLITS, router_problem
 from ernie_jax.ops.stream import experts_problem, linear_problem
 
@@ -26,11 +27,11 @@ def attention_half(
     qkv_weight: jax.Array,  # [K, R + 2, H, D]
     out_weight: jax.Array,  # [D, K, R, H]
     angles: jax.Array,  # [T, H / 2]
-    pages: jax.Array,  # [P, page_size, 2K, H]
+    pages: Pages,  # [P, page_size, 2K, H]
     batch: RaggedBatch,
     residual: bool,
     backend: str = "cuda",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages]:
     """Norm, project, rotate, write and attend as `paged_attention`, project; add x if `residual`.
 
     Roundings are those of the separate ops. The step must be one that `attention_half_problem` has nothing against.
@@ -52,7 +53,7 @@ def attention_half_problem(x, qkv_weight, pages, batch: RaggedBatch) -> str | No
     return (
         linear_problem(tokens, width, kv_heads * lines * head_dim, x.dtype)
         or linear_problem(tokens, kv_heads * group * head_dim, width, qkv_weight.dtype)
-        or decode_problem(head_dim, pages.dtype, group, pages.shape[1])
+        or decode_problem(head_dim, x.dtype, pages.dtype, group, pages.shape[1])
     )
 
 
@@ -95,30 +96,30 @@ def experts_half_problem(x, router_weight, k: int, gate_up, shared) -> str | Non
 def _cuda_attention(x, norm_weight, epsilon, qkv_weight, out_weight, angles, pages, batch, residual):
     kv_heads, lines, head_dim, _ = qkv_weight.shape
     tokens, group = len(x), lines - 2
-    out, pages, *_ = kernels.call(
+    out, _, _, _, _, *written = kernels.call(
         "ernie_attention_half",
         [
             jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct(pages.shape, pages.dtype),
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((tokens, kv_heads, lines, head_dim), x.dtype),
             jax.ShapeDtypeStruct((tokens, kv_heads, group, head_dim), x.dtype),
             partial_results(group),
+            *described(pages),
         ],
         x,
         norm_weight,
         qkv_weight,
         out_weight,
         rotation(angles),
-        pages,
         batch.positions,
         batch.rows,
         batch.page_table,
-        aliases={5: 1},
+        *arrays(pages),
+        aliases={8 + i: 5 + i for i in range(len(arrays(pages)))},
         epsilon=float(epsilon),
         residual=int(residual),
     )
-    return out, pages
+    return out, rebuilt(pages, written)
 
 
 def _cuda_experts(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from ernie_jax import kernels
 from ernie_jax.errors import UserError
 from ernie_jax.kernels import capability
 from ernie_jax.ops.decode_attention import decode_problem
+from ernie_jax.ops.pages import arrays
 
 # Cached positions looked at together, and how many such blocks are in flight. From
 # benchmarks/prefill_ops.py on an H200.
@@ -32,9 +36,28 @@ def prefill(q, pages, batch, interpret=None):
     Raises:
       UserError: if the backend does not take these shapes or dtypes.
     """
-    if problem := decode_problem(q.shape[-1], pages.dtype):
+    if problem := decode_problem(q.shape[-1], q.dtype, pages.dtype):
         raise UserError(f"attention backend cuda {problem}; use attention backend xla")
-    return _attend(q.astype(pages.dtype), pages, batch, interpret).astype(q.dtype)
+    if pages.dtype != q.dtype:
+        pages, batch = _widened(pages, batch, q.dtype)
+    return _attend(q, pages, batch, interpret)
+
+
+def _widened(pages, batch, dtype):
+    """Write the pages in use as `dtype`, so that each byte becomes a number once for many queries.
+
+    There is room for all pages, or for those in the table if these are fewer.
+
+    Returns:
+      The pages, and the batch with where they are now.
+    """
+    needed = batch.page_table.size
+    out = jax.ShapeDtypeStruct((min(needed, len(pages)), *pages.shape[1:]), dtype)
+    wide = kernels.call("ernie_widen_pages", out, batch.page_table, batch.kv_lengths, *arrays(pages))
+    if needed < len(pages):
+        table = jnp.arange(needed, dtype=jnp.int32).reshape(batch.page_table.shape)
+        batch = dataclasses.replace(batch, page_table=table)
+    return wide, batch
 
 
 def _attend(q, pages, batch, interpret):

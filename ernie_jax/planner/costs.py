@@ -67,9 +67,9 @@ def unused_bytes(config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> int:
     return sum(leaf.local(layout) * leaf.itemsize for leaf in leaves(config, dtype) if leaf.name.startswith("mtp."))
 
 
-def token_bytes(config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> int:
+def token_bytes(config: ModelConfig, kv_dtype: jnp.dtype, layout: Layout) -> int:
     """Return the bytes of a cached token on a device of the group that caches it."""
-    return bytes_per_token(config, dtype) // layout.size("kv_head")
+    return bytes_per_token(config, kv_dtype) // layout.size("kv_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,14 @@ class Cost:
     flops: float
 
 
-def step_cost(config: ModelConfig, dtype: jnp.dtype, layout: Layout, load: Load) -> Cost:
-    """Count a step's bytes and operations on the busiest device."""
+def step_cost(
+    config: ModelConfig, dtype: jnp.dtype, layout: Layout, load: Load, kv_dtype: jnp.dtype | None = None
+) -> Cost:
+    """Count a step's bytes and operations on the busiest device.
+
+    Args:
+      kv_dtype: of the cache; default: `dtype`.
+    """
     # Where tokens travel to the experts, everything else works on a shard's own tokens.
     tokens = load.group_tokens if PRESETS[layout.preset].exchanges else load.tokens
     moved = flops = 0.0
@@ -131,8 +137,8 @@ def step_cost(config: ModelConfig, dtype: jnp.dtype, layout: Layout, load: Load)
         flops += 2 * local * leaf.weights * (load.group_tokens if ".attention." in leaf.name else rows)
     heads = config.num_attention_heads // layout.size("kv_head")
     flops += 4 * config.num_hidden_layers * heads * config.head_dim * load.attended
-    cache = (load.cached + load.group_tokens) * token_bytes(config, dtype, layout)  # read, and the new ones written
-    return Cost(moved, cache, flops)
+    cached = token_bytes(config, dtype if kv_dtype is None else kv_dtype, layout)
+    return Cost(moved, (load.cached + load.group_tokens) * cached, flops)  # read, and the new ones written
 
 
 def step_collectives(

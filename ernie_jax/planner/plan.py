@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ernie_jax.chips import CHIPS, Chip
 from ernie_jax.config import ModelConfig
 from ernie_jax.engine.aot import decode_shape, lower_step, prefill_shape
-from ernie_jax.engine.cache import PAGE_SIZE
+from ernie_jax.engine.cache import PAGE_SIZE, check_kv_dtype
 from ernie_jax.errors import UserError
 from ernie_jax.planner import costs
 from ernie_jax.planner.compilation import Program, TooLarge, compile_all
@@ -39,6 +39,7 @@ class Request:
       batch: sequences decoded at the same time.
       context: tokens of each that the cache has room for.
       chunk: prompt tokens of a prefill step.
+      kv_dtype: of the cache; None: `dtype`.
     """
 
     config: ModelConfig
@@ -47,6 +48,7 @@ class Request:
     batch: int
     context: int
     chunk: int
+    kv_dtype: jnp.dtype | None = None
 
     def __post_init__(self):
         for name in ("batch", "context", "chunk"):
@@ -59,6 +61,11 @@ class Request:
                 f"{self.config.max_position_embeddings:,} tokens (max_position_embeddings)"
             )
         object.__setattr__(self, "chunk", min(self.chunk, self.context))
+
+    @property
+    def cached(self) -> jnp.dtype:
+        """The dtype of the cache."""
+        return jnp.dtype(self.dtype if self.kv_dtype is None else self.kv_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Plan:
 
     @property
     def page_bytes(self) -> int:
-        return PAGE_SIZE * costs.token_bytes(self.request.config, self.request.dtype, self.layout)
+        return PAGE_SIZE * costs.token_bytes(self.request.config, self.request.cached, self.layout)
 
     @property
     def group_pages(self) -> int:
@@ -164,6 +171,7 @@ def make_plan(
     if sharding is not None or mesh is not None:
         layout = make_layout(request.config, devices, mesh, sharding)
         _check_serves(layout)
+        check_kv_dtype(request.config, request.cached, layout, request.topology.chip.platform)
         plan = estimate(request, layout)
         return measure(plan, announce) if build else plan
     plans = [plan for plan in estimate_all(request).values() if isinstance(plan, Plan)]
@@ -198,6 +206,7 @@ def estimate_all(request: Request) -> dict[str, Plan | str]:
             continue
         try:
             layout = make_layout(request.config, request.topology.stand_ins(), None, name)
+            check_kv_dtype(request.config, request.cached, layout, request.topology.chip.platform)
         except UserError as error:
             found[name] = str(error)
         else:
@@ -220,7 +229,7 @@ def estimate(request: Request, layout: Layout, temporaries: int | None = None) -
     )
     steps = []
     for load in loads:
-        cost = costs.step_cost(config, dtype, layout, load)
+        cost = costs.step_cost(config, dtype, layout, load, request.cached)
         exchanged = tuple(costs.step_collectives(config, dtype, layout, load, chip.platform))
         steps.append(
             StepPlan(load.tokens, cost, exchanged, costs.roofline(cost, exchanged, request.topology), program=None)
@@ -229,7 +238,7 @@ def estimate(request: Request, layout: Layout, temporaries: int | None = None) -
         request,
         layout,
         costs.weight_bytes(config, dtype, layout),
-        _cache_pages(request, layout) * PAGE_SIZE * costs.token_bytes(config, dtype, layout),
+        _cache_pages(request, layout) * PAGE_SIZE * costs.token_bytes(config, request.cached, layout),
         temporaries,
         *steps,
     )
@@ -247,16 +256,20 @@ def measure(plan: Plan, announce: Announce = _silent) -> Plan:
     announce(f"compiling for {request.topology.name}, sharding {layout.describe()}: about a minute at most")
     sizes = ",".join(f"{axis}:{size}" for axis, size in layout.mesh.shape.items())
     target = make_layout(request.config, devices, None if layout.preset == "single" else sizes, layout.preset)
+    dtypes = {"dtype": request.dtype, "kv_dtype": request.cached}
     shapes = {
-        "decode": decode_shape(request.config, target, request.batch, request.context),
-        "prefill": prefill_shape(request.config, target, request.chunk, request.context),
+        "decode": decode_shape(request.config, target, request.batch, request.context, **dtypes),
+        "prefill": prefill_shape(request.config, target, request.chunk, request.context, **dtypes),
     }
     pages = _cache_pages(request, target)
     # Weights that take no part in a step are no argument of it, but lie in memory all the same.
     resident = plan.weights - costs.unused_bytes(request.config, request.dtype, layout) + plan.cache
     try:
         programs = compile_all(
-            {name: lower_step(request.config, target, request.dtype, shape, pages) for name, shape in shapes.items()}
+            {
+                name: lower_step(request.config, target, shape=shape, group_pages=pages, **dtypes)
+                for name, shape in shapes.items()
+            }
         )
     except TooLarge as error:
         temporaries = plan.temporaries if error.needed is None else error.needed - resident
@@ -286,6 +299,8 @@ def suggest(plan: Plan) -> Iterator[str]:
         if other := fitting(dataclasses.replace(request, config=config)):
             yield f"--quantize={form} --sharding={other.layout.preset}"
             break
+    if request.cached.itemsize > 1 and (other := fitting(dataclasses.replace(request, kv_dtype=jnp.dtype(jnp.int8)))):
+        yield f"--kv_dtype=int8 --sharding={other.layout.preset}"
     if 0 < plan.most_sequences < request.batch:
         yield f"--batch={plan.most_sequences}, each of {request.context:,} tokens"
     if PAGE_SIZE <= plan.longest_context < request.context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ernie_jax.chips import GIB
+from ernie_jax.engine.cache import kv_name
 from ernie_jax.planner.hlo import Collective
 from ernie_jax.planner.plan import Plan, StepPlan
 from ernie_jax.planner.topology import Topology, cloud_name
@@ -18,8 +19,9 @@ def describe(model: str, plan: Plan, advice: list[str]) -> str:
     """
     request, topology = plan.request, plan.request.topology
     quantized = f" and {request.config.quantize} weights" if request.config.quantize else ""
+    cached = f", {kv_name(request.cached)} KV cache" if request.cached != request.dtype else ""
     lines = [
-        f"{model}, {request.dtype.name}{quantized}, on {_place(topology)}",
+        f"{model}, {request.dtype.name}{quantized}{cached}, on {_place(topology)}",
         f"sharding {plan.layout.describe()}: batch {request.batch}, context {request.context:,}, prefill chunks of "
         f"{request.chunk:,}",
         "",
@@ -72,6 +74,7 @@ def to_object(model: str, plan: Plan, advice: list[str]) -> dict:
         "model": model,
         "dtype": request.dtype.name,
         "quantize": request.config.quantize,
+        "kv_dtype": kv_name(request.cached),
         "topology": {
             "name": topology.name,
             "cloud_name": cloud_name(topology),

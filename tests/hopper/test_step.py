@@ -61,7 +61,7 @@ def built():
         pytest.skip(str(error))
 
 
-def compile_step(sharding, gpus, kind, tokens, compiler_options=None, **backends):
+def compile_step(sharding, gpus, kind, tokens, compiler_options=None, kv_dtype=None, **backends):
     config = ModelConfig.from_file("configs/ernie-4.5-21b-a3b.json")
     config = dataclasses.replace(config, num_hidden_layers=LAYERS, num_nextn_predict_layers=0)
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{gpus}", target_config=H100)
@@ -70,7 +70,7 @@ def compile_step(sharding, gpus, kind, tokens, compiler_options=None, **backends
         shape = mixed_shape(config, layout, 64, tokens, 8192)
     else:
         shape = (prefill_shape if kind == "prefill" else decode_shape)(config, layout, tokens, 8192)
-    lowered = lower_step(config, layout, jnp.bfloat16, shape, PAGES, **backends)
+    lowered = lower_step(config, layout, jnp.bfloat16, shape, PAGES, kv_dtype=kv_dtype, **backends)
     compiled = lowered.compile(compiler_options=compiler_options)
     return config, layout, shape, compiled
 
@@ -119,6 +119,23 @@ def test_a_step_fits_and_sends_what_it_must(case):
         # No product multiplies by a norm's weight.
         products = [part for part in text.split("\n\n") if "gemm_fusion" in part.partition("(")[0]]
         assert products and not [part for part in products if " multiply(" in part]
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("decode", 8), ("decode", 64), ("mixed", 2048)])
+def test_an_8_bit_cache(kind, tokens):
+    """Decoding reads bytes; prompts read what one kernel a layer writes in bfloat16, of the pages of their rows."""
+    config, _, shape, compiled = compile_step("single", 1, kind, tokens, kv_dtype=jnp.int8)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory.alias_size_in_bytes >= PAGES * PAGE_SIZE * bytes_per_token(config, jnp.int8)
+    check_no_large_copies(text)
+    found = {name: text.count(f'custom_call_target="ernie_{name}"') for name in ("decode_attention", "widen_pages")}
+    halves = text.count('custom_call_target="ernie_attention_half"')
+    assert found["decode_attention"] + halves == LAYERS
+    assert found["widen_pages"] == (LAYERS if kind == "mixed" else 0)
+    assert (halves == LAYERS) == (tokens <= 16)
+    for dtype in ("s8", "f32"):
+        writes = [line for line in text.splitlines() if " scatter(" in line and f"{dtype}[{PAGES}," in line]
+        assert len(writes) == found["widen_pages"] and all("unique_indices=true" in line for line in writes)
 
 
 def check_no_large_copies(text):

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ernie_jax.ops import RaggedBatch, grouped_mlp, linear, norm_route, paged_attention, rms_norm, route
+from ernie_jax.ops.pages import ScaledPages
+from tests.ops.test_attention import stored, worth
 
 BOUND = 6e-3  # bfloat16 in and out, hidden values and attention's weights rounded as well
 H = 128
@@ -178,33 +180,45 @@ def describe(rng, lengths, page_size, spare=3):
     return RaggedBatch(np.maximum(lengths - 1, 0), rows, starts, lengths, table, max_query=1), count
 
 
-def check_decode(rng, lengths, kv_heads=4, group=5, page_size=128, score=1.0):
+def check_decode(rng, lengths, kv_heads=4, group=5, page_size=128, score=1.0, kv_dtype=jnp.bfloat16, spread=False):
     """Run the kernel twice on pages that are NaN but for what is cached, and compare everything that it wrote."""
     batch, count = describe(rng, lengths, page_size)
     tokens = len(lengths)
     q = normal(rng, tokens, kv_heads, group, H) * jnp.bfloat16(score)
     k, v = normal(rng, tokens, kv_heads, H), normal(rng, tokens, kv_heads, H)
-    pages = np.full((count * page_size, 2 * kv_heads, H), np.nan, jnp.bfloat16)
+    if spread:  # to what fp8 has no number for
+        v *= jnp.exp2(jnp.asarray(rng.integers(-12, 12, v.shape), v.dtype))
+    shape = count * page_size, 2 * kv_heads, H
+    pages = np.full(shape, 99, np.int8) if kv_dtype == jnp.int8 else np.full(shape, np.nan, kv_dtype)
+    scales = np.full(shape[:2], np.nan, np.float32)
     slots = []  # of each sequence's positions
     for row, length in enumerate(lengths):
         position = np.arange(length)
         slots.append(batch.page_table[row, position // page_size] * page_size + position % page_size)
-        pages[slots[row][:-1]] = normal(rng, max(length - 1, 0), 2 * kv_heads, H)
-    expected = pages.copy()
+        old = stored(normal(rng, max(length - 1, 0), 2 * kv_heads, H), kv_dtype)
+        pages[slots[row][:-1]], scales[slots[row][:-1]] = old
+    expected, expected_scales = pages.copy(), scales.copy()
     for row, slot in enumerate(slots):
         if len(slot):
-            expected[slot[-1], ::2], expected[slot[-1], 1::2] = k[row], v[row]
+            new = stored(np.stack([k[row], v[row]], 1).reshape(2 * kv_heads, H), kv_dtype)
+            expected[slot[-1]], expected_scales[slot[-1]] = new
 
     run = jax.jit(paged_attention, static_argnames="backend", donate_argnums=3)
     outs = []
     updated = jnp.asarray(pages).reshape(count, page_size, 2 * kv_heads, H)
+    if kv_dtype == jnp.int8:
+        updated = ScaledPages(updated, jnp.asarray(scales.reshape(count, page_size, -1).swapaxes(1, 2)))
     for _ in range(2):  # the second launch writes the same again, and finds the counters as the first left them
         if jax.default_backend() == "gpu":  # poison where results are likely to come to lie; the emulator does so
             jnp.full((64 << 20,), jnp.nan, jnp.bfloat16).block_until_ready()
         out, updated = run(q, k, v, updated, batch, backend="cuda")
         outs.append(np.asarray(out))
-    written = np.asarray(updated).reshape(expected.shape)
-    np.testing.assert_array_equal(written.view(np.uint16), expected.view(np.uint16))
+    if kv_dtype == jnp.int8:
+        written = np.asarray(updated.scales).swapaxes(1, 2).reshape(expected_scales.shape)
+        np.testing.assert_array_equal(written, expected_scales)
+        updated = updated.values
+    written, bits = np.asarray(updated).reshape(expected.shape), f"u{jnp.dtype(kv_dtype).itemsize}"
+    np.testing.assert_array_equal(written.view(bits), expected.view(bits))
     for out in outs:
         assert np.isfinite(out.astype(np.float32)).all()
         for row, slot in enumerate(slots):
@@ -212,7 +226,9 @@ def check_decode(rng, lengths, kv_heads=4, group=5, page_size=128, score=1.0):
                 np.testing.assert_array_equal(out[row].astype(np.float32), 0)
                 continue
             for head in range(kv_heads):
-                keys, values = (expected[slot, 2 * head + i].astype(np.float64) for i in range(2))
+                keys, values = (
+                    worth(expected[slot, 2 * head + i], expected_scales[slot, 2 * head + i]) for i in range(2)
+                )
                 scores = np.asarray(q[row, head], np.float64) @ keys.T / np.sqrt(H)
                 weights = np.exp(scores - scores.max(-1, keepdims=True))
                 exact = weights @ values / weights.sum(-1, keepdims=True)
@@ -220,7 +236,7 @@ def check_decode(rng, lengths, kv_heads=4, group=5, page_size=128, score=1.0):
                 assert error < BOUND, (row, head, len(slot), error)
 
 
-def check_prefill(rng, run, runs, padding, page_size, kv_heads, group):
+def check_prefill(rng, run, runs, padding, page_size, kv_heads, group, kv_dtype=jnp.bfloat16, spare=0):
     """Hold run(q, pages, batch) to float64, for (cached before, new tokens) of each sequence and padding tokens."""
     news, ends = np.array([new for _, new in runs]), np.array([sum(run) for run in runs])
     width, rows = -(-ends.max() // page_size) + 1, len(runs) + (len(runs) > 1)  # one row may be unused
@@ -234,11 +250,14 @@ def check_prefill(rng, run, runs, padding, page_size, kv_heads, group):
     starts[: len(runs)], lengths[: len(runs)] = np.cumsum(news) - news, ends
     arrays = (jnp.asarray(a, jnp.int32) for a in (positions, row, starts, lengths, table))
     batch = RaggedBatch(*arrays, max_query=int(total if len(runs) == 1 else news.max()))
-    pages = normal(rng, rows * width + 1, page_size, 2 * kv_heads, H)
+    values, scales = stored(normal(rng, rows * width + 1 + spare, page_size, 2 * kv_heads, H), kv_dtype)
+    pages = jnp.asarray(values)
+    if kv_dtype == jnp.int8:
+        pages = ScaledPages(pages, jnp.asarray(scales.swapaxes(1, 2)))
     q = normal(rng, total, kv_heads, group, H)
     out = np.asarray(run(q, pages, batch), np.float64)
     assert np.isfinite(out).all()
-    wide, pages = np.asarray(q, np.float64), np.asarray(pages, np.float64)
+    wide, pages = np.asarray(q, np.float64), worth(values, scales)
     for index, (cached, new) in enumerate(runs):
         if not new:
             continue

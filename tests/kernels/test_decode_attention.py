@@ -8,6 +8,7 @@ from ernie_jax.ops import paged_attention
 from tests.kernels import cases
 from tests.ops import test_attention as ops
 
+SMALL = ops.SMALL
 pytestmark = pytest.mark.usefixtures("emulator")
 
 
@@ -45,10 +46,27 @@ def test_many_tokens(rng):
     cases.check_decode(rng, rng.integers(0, 20, 300), kv_heads=1, page_size=16)
 
 
-def test_beside_prompts(rng, monkeypatch):
+@SMALL
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"lengths": [1, 17, 257, 1000], "kv_heads": 2},
+        {"lengths": cases.EDGES, "kv_heads": 1, "page_size": 48},
+        {"lengths": [300, 0, 1, 0], "kv_heads": 3, "group": 12},
+        {"lengths": [40] * 150, "kv_heads": 1, "page_size": 16},
+        {"lengths": [1, 1], "kv_heads": 4, "spread": True},
+    ],
+    ids=["lengths", "page edges", "two tiles of queries", "many tokens", "large and small"],
+)
+def test_pages_in_8_bits(case, kv_dtype, rng):
+    cases.check_decode(rng, **case, kv_dtype=kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, jnp.int8])
+def test_beside_prompts(rng, kv_dtype, monkeypatch):
     """In a mixed step the kernel takes the decoding part, two of whose rows are unused."""
     monkeypatch.setattr(ops, "H", 128)
     monkeypatch.setattr(ops, "PAGE", 16)
     mixture = [(30, 1), (90, 1), (13, 9), (0, 17)]
     run = jax.jit(lambda *arguments: paged_attention(*arguments, "cuda"))
-    ops.check(mixture, jnp.bfloat16, 1e-2, rng, run, decode=4)
+    ops.check(mixture, jnp.bfloat16, 1e-2, rng, run, decode=4, kv_dtype=kv_dtype)

@@ -8,6 +8,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ernie_jax.ops import prefill_attention, prefill_kernel
+from tests import emulator
 from tests.kernels.cases import check_prefill
 
 
@@ -45,3 +46,15 @@ def aligned(monkeypatch):
 def test_attention(page_size, runs, padding, rng):
     run = functools.partial(prefill_attention.prefill, interpret=plgpu.InterpretGPUParams())
     check_prefill(rng, run, runs, padding, page_size, kv_heads=1, group=2)
+
+
+@pytest.mark.skipif(emulator.problem() is not None, reason=str(emulator.problem()))
+@pytest.mark.parametrize(
+    ("kv_dtype", "spare", "runs"),
+    [(jnp.int8, -1, [(77, 150)]), (jnp.int8, 9, [(13, 9), (100, 40)]), (jnp.float8_e4m3fn, 9, [(77, 150)])],
+    ids=["all pages", "pages of rows", "fp8"],
+)
+def test_pages_in_8_bits(kv_dtype, spare, runs, rng):
+    run = functools.partial(prefill_attention.prefill, interpret=plgpu.InterpretGPUParams())
+    with emulator.emulated():
+        check_prefill(rng, run, runs, 5, 64, kv_heads=2, group=1, kv_dtype=kv_dtype, spare=spare)

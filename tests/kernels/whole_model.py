@@ -13,6 +13,7 @@ from ernie_jax.config import ModelConfig
 from ernie_jax.engine.batching import Run, StepShape, bucket, build_step, pack
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.model import Ernie, initialize
+from ernie_jax.ops.pages import ScaledPages, quantize_heads, take
 from ernie_jax.sharding import Layout, single
 
 XLA = {f"{op}_backend": "xla" for op in ("attention", "linear", "router")}
@@ -39,13 +40,16 @@ def models(config: ModelConfig, layout: Layout) -> tuple[Ernie, Ernie]:
     return model, wide
 
 
-def compare(config: ModelConfig, case: Case, rng: np.random.Generator, pair=None, **backends) -> dict[str, np.ndarray]:
+def compare(
+    config: ModelConfig, case: Case, rng: np.random.Generator, pair=None, kv_dtype=None, **backends
+) -> dict[str, np.ndarray]:
     """Return, for "ours" and "xla", each row's distance of the logits from float32's, and the new keys' and values'.
 
     Caches hold random numbers, in pages in random order, the same for all three.
 
     Args:
       pair: what `models` returns.
+      kv_dtype: of the caches; default: the models'.
       backends: of ours; default: by platform.
     """
     layout = single()
@@ -66,14 +70,26 @@ def compare(config: ModelConfig, case: Case, rng: np.random.Generator, pair=None
     shape = (count, PAGE, 2 * config.num_key_value_heads, config.head_dim)
     keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), config.num_hidden_layers)
 
+    def draw(key, dtype):
+        numbers = jax.random.normal(key, shape, jnp.bfloat16)
+        if dtype != jnp.int8:
+            return numbers.astype(dtype)
+        values, scales = quantize_heads(numbers)
+        return ScaledPages(values, scales.swapaxes(1, 2))
+
+    def read(pages):
+        kv, scales = take(pages, jnp.asarray(order)[None])
+        kv = np.asarray(kv, np.float64)
+        return kv if scales is None else kv * np.moveaxis(np.asarray(scales, np.float64), 3, 1)[..., None]
+
     def run(model, dtype, **backends):
-        device = DeviceStep(model, layout, **backends)
-        pages = [jax.random.normal(key, shape, jnp.bfloat16).astype(dtype) for key in keys]
+        device = DeviceStep(model, layout, **backends, kv_dtype=kv_dtype)
+        pages = [draw(key, kv_dtype or dtype) for key in keys]
         last = layout.put(np.zeros(rows, np.int32))
         (logits, *_), pages = device.forward(pages, last, device.place(pack(step)), step.shape)
-        return np.asarray(logits, np.float64), np.stack([np.asarray(layer[order], np.float64) for layer in pages])
+        return np.asarray(logits, np.float64), np.stack([read(layer) for layer in pages])
 
-    before = np.stack([np.asarray(jax.random.normal(key, shape, jnp.bfloat16)[order], np.float64) for key in keys])
+    before = np.stack([read(draw(key, kv_dtype or jnp.bfloat16)) for key in keys])
     exact, cached = run(wide, jnp.float32, expert_backend="dense" if tokens <= 256 else "blocks", **XLA)
     found = {}
     experts = "dense" if tokens <= 256 else "blocks"

@@ -18,6 +18,7 @@ from ernie_jax.ops import (
     packed_attention,
     paged_attention,
 )
+from ernie_jax.ops.pages import ScaledPages, quantize_heads, round_to
 
 K, R, H, PAGE = 2, 3, 16, 8
 
@@ -46,44 +47,71 @@ def describe(runs, tokens, decode=0):
     return build_batch(runs, **sizes, page_size=PAGE, scratch_page=63)
 
 
-def check(mixture, dtype, bound, rng, run, decode=0):
+def stored(x, dtype):
+    """Return numbers [..., H] as pages of a dtype hold them, and their scales [...]."""
+    x = np.asarray(x, np.float32)
+    if dtype == jnp.int8:
+        largest = np.abs(x).max(-1)
+        return np.rint(x * (np.float32(127) / largest)[..., None]).astype(np.int8), largest * np.float32(1 / 127)
+    if dtype == jnp.float8_e4m3fn:
+        x = np.clip(x, -448, 448)
+    return np.asarray(x, dtype), np.ones(x.shape[:-1], np.float32)
+
+
+def worth(values, scales):
+    """Return the numbers that stored ones stand for."""
+    return np.asarray(values, np.float64) * np.asarray(scales, np.float64)[..., None]
+
+
+def check(mixture, dtype, bound, rng, run, decode=0, kv_dtype=None):
     """Compare run(q, k, v, pages, batch) with float64, for (cached before, new tokens) of each sequence."""
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
     num_pages = 64
     order = rng.permutation(num_pages - 1).tolist()  # pages in no order; the last page is scratch
-    pages = np.asarray(rng.normal(size=(num_pages, PAGE, 2 * K, H)), np.float32)  # stale content everywhere
+    pages, scales = stored(rng.normal(size=(num_pages, PAGE, 2 * K, H)), kv_dtype)  # stale content everywhere
     histories, runs = [], []
     for cached, new in mixture:
         mine = [order.pop() for _ in range(-(-(cached + new) // PAGE))]
-        k, v = heads(rng, cached, dtype)[1:]
+        old = stored(np.stack(heads(rng, cached, dtype)[1:], 2).reshape(cached, 2 * K, H), kv_dtype)
         for position in range(cached):
-            pages[mine[position // PAGE], position % PAGE] = np.stack([k[position], v[position]], 1).reshape(2 * K, H)
-        histories.append((k, v))
+            place = mine[position // PAGE], position % PAGE
+            pages[place], scales[place] = (part[position] for part in old)
+        histories.append(old)
         runs.append(Run([0] * new, cached, mine))
     total = sum(new for _, new in mixture)
     batch = describe(runs, total + 5, decode)
     q, k, v = heads(rng, total + 5, dtype)
-    out, written = run(q, k, v, jnp.asarray(pages, dtype), batch)
+    given = jnp.asarray(pages)
+    if kv_dtype == jnp.int8:
+        given = ScaledPages(given, jnp.asarray(scales.swapaxes(1, 2)))
+    out, written = run(q, k, v, given, batch)
+    if kv_dtype == jnp.int8:
+        written, found = np.asarray(written.values), np.asarray(written.scales).swapaxes(1, 2)
+    else:
+        written, found = np.asarray(written), scales
     assert np.isfinite(np.asarray(out, np.float32)).all()
     live = np.flatnonzero(batch.kv_lengths)
-    for (cached, new), (old_k, old_v), row, place in zip(mixture, histories, runs, live, strict=True):
+    for (cached, new), old, row, place in zip(mixture, histories, runs, live, strict=True):
         here = np.flatnonzero(batch.rows == place)
         assert len(here) == new
-        all_k, all_v = (np.concatenate([a, b[here]]) for a, b in ((old_k, k), (old_v, v)))
+        added = stored(np.stack([k[here], v[here]], 2).reshape(new, 2 * K, H), kv_dtype)
+        values, scale = (np.concatenate(pair) for pair in zip(old, added, strict=True))
         visible = np.arange(cached + new) <= (cached + np.arange(new))[:, None]
-        expected = reference(q[here], all_k, all_v, visible)
+        expected = reference(q[here], *np.moveaxis(worth(values, scale).reshape(-1, K, 2, H), 2, 0), visible)
         error = np.linalg.norm(np.asarray(out[here], np.float64) - expected) / np.linalg.norm(expected)
         assert error < bound
-        stored = np.asarray(written)[row.pages].reshape(-1, K, 2, H)[: cached + new]
-        np.testing.assert_array_equal(stored[:, :, 0], all_k)
-        np.testing.assert_array_equal(stored[:, :, 1], all_v)
+        np.testing.assert_array_equal(written[row.pages].reshape(-1, 2 * K, H)[: cached + new], values)
+        np.testing.assert_array_equal(found[row.pages].reshape(-1, 2 * K)[: cached + new], scale)
     used = {page for row in runs for page in row.pages}
     others = [page for page in range(num_pages - 1) if page not in used]
-    np.testing.assert_array_equal(np.asarray(written)[others], np.asarray(jnp.asarray(pages[others], dtype)))
+    np.testing.assert_array_equal(written[others], pages[others])
+    np.testing.assert_array_equal(found[others], scales[others])
 
 
 MIXTURES = pytest.mark.parametrize(
     "mixture", [MIXTURE, [(90, 1), (3, 1), (50, 1)], [(40, 33)]], ids=["mixed", "decode", "chunk"]
 )
+SMALL = pytest.mark.parametrize("kv_dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "fp8"])
 DTYPES = pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
 
 
@@ -100,6 +128,32 @@ def test_the_decoding_part_may_be_apart(dtype, bound, rng):
     """Two of four rows are in use, and the kernel's part is computed by itself."""
     mixture = [(30, 1), (90, 1), (13, 9), (0, 17)]
     check(mixture, dtype, bound, rng, jax.jit(paged_attention), decode=4)
+
+
+@DTYPES
+@SMALL
+@MIXTURES
+def test_pages_in_8_bits(mixture, kv_dtype, dtype, bound, rng, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    check(mixture, dtype, bound, rng, jax.jit(paged_attention), kv_dtype=kv_dtype)
+
+
+@SMALL
+def test_pages_in_8_bits_with_the_decoding_part_apart(kv_dtype, rng):
+    mixture = [(30, 1), (90, 1), (13, 9), (0, 17)]
+    check(mixture, jnp.float32, 2e-6, rng, jax.jit(paged_attention), decode=4, kv_dtype=kv_dtype)
+
+
+@SMALL
+def test_numbers_that_8_bits_do_not_hold(kv_dtype):
+    """Nothing becomes NaN: a head of zeros, some beyond the largest fp8, and some below the least."""
+    x = jnp.asarray([[0.0] * H, [1000.0, *[-1.0] * (H - 1)], [1e-37, *[0.0] * (H - 1)]], jnp.float32)
+    if kv_dtype == jnp.int8:
+        found = worth(*quantize_heads(x))
+        np.testing.assert_allclose(found[1], x[1], atol=1000 / 254)
+        assert (found[[0, 2]] == 0).all()
+    else:
+        np.testing.assert_array_equal(round_to(x, kv_dtype), [[0] * H, [448, *[-1] * (H - 1)], [0] * H])
 
 
 def stand_in(q, *arguments, num_kv_pages_per_block, num_queries_per_block, **options):
@@ -119,6 +173,13 @@ def test_rpa_hands_the_kernel_what_it_takes(mixture, dtype, bound, rng, monkeypa
     check(mixture, dtype, bound, rng, lambda *arguments: paged_attention(*arguments, "rpa"))
 
 
+def test_rpa_reads_fp8(rng, monkeypatch):
+    monkeypatch.setattr(attention, "ragged_paged_attention", stand_in)
+    monkeypatch.setattr(f"{__name__}.H", 128)
+    run = lambda *arguments: paged_attention(*arguments, "rpa")  # noqa: E731
+    check([(5, 3), (20, 1)], jnp.bfloat16, 1e-2, rng, run, kv_dtype=jnp.float8_e4m3fn)
+
+
 def test_rpa_reads_scratch_in_a_group_without_sequences(rng, monkeypatch):
     seen = {}
 
@@ -135,6 +196,19 @@ def test_rpa_reads_scratch_in_a_group_without_sequences(rng, monkeypatch):
     assert seen["lengths"][0] == 1 and seen["table"][0, 0] == 63
 
 
+@pytest.mark.parametrize(
+    ("heads", "problem"),
+    [
+        ((128, jnp.bfloat16, 4, jnp.int8), "takes one scale for all pages, not int8's for each token and head"),
+        ((128, jnp.bfloat16, 1, jnp.float8_e4m3fn), "takes 2 or more key/value heads a shard with an 8-bit cache"),
+        ((128, jnp.float32, 4, jnp.bfloat16), "takes float32 or fp8 pages of float32 heads, not bfloat16"),
+    ],
+)
+def test_rpa_refuses_pages(heads, problem):
+    with pytest.raises(UserError, match=f"attention backend rpa {problem}.*; use attention backend xla"):
+        check_attention_backend("rpa", *heads)
+
+
 def test_rpa_refuses_what_the_kernel_does_not_take(rng):
     pages = jnp.zeros((64, PAGE, 2 * K, H))
     with pytest.raises(UserError, match="takes heads of a multiple of 128, not of 16; use attention backend xla"):
@@ -145,7 +219,7 @@ def test_rpa_refuses_what_the_kernel_does_not_take(rng):
     ("heads", "problem"),
     [
         ((64, jnp.bfloat16, 4), "takes heads of 128, not of 64"),
-        ((128, jnp.float32, 4), "takes bfloat16 pages, not float32"),
+        ((128, jnp.float32, 4), "takes bfloat16 heads, not float32"),
     ],
 )
 def test_cuda_refuses_what_the_kernel_does_not_take(heads, problem):
@@ -161,6 +235,10 @@ def test_cuda_refuses_what_the_kernel_does_not_take(heads, problem):
         (("tpu", 64, jnp.bfloat16, 1), "xla"),
         (("tpu", 128, jnp.bfloat16, 3), "xla"),
         (("tpu", 128, jnp.float8_e4m3fn, 2), "xla"),
+        (("tpu", 128, jnp.bfloat16, 2, jnp.float8_e4m3fn), "rpa"),
+        (("tpu", 128, jnp.bfloat16, 2, jnp.int8), "xla"),
+        (("gpu", 128, jnp.bfloat16, 2, jnp.int8), "cuda"),
+        (("gpu", 128, jnp.float32, 2, jnp.int8), "xla"),
         (("gpu", 128, jnp.bfloat16, 3), "cuda"),
         (("gpu", 128, jnp.float32, 1), "xla"),
         (("gpu", 64, jnp.bfloat16, 1), "xla"),

@@ -80,6 +80,7 @@ inline To emulator_bits(From from) {
 
 inline unsigned __float_as_uint(float x) { return emulator_bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return emulator_bits<float>(x); }
+inline int __float2int_rn(float x) { return std::lrint(x); }
 inline int __float_as_int(float x) { return emulator_bits<int>(x); }
 inline float __int_as_float(int x) { return emulator_bits<float>(x); }
 
