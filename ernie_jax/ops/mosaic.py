@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ernie_jax import kernels
 from ernie_jax.errors import UserError
+from ernie_jax.ops.quantized import Quantized, form_of
 
 MOST_ALONG = 512  # tokens that also go through the shared experts here, which would be copied for it
 
@@ -36,10 +37,37 @@ TILES = {
 }
 
 
+class QuantizedTiles(NamedTuple):
+    """How our kernel cuts up a product of quantised weights; see `quantized_kernel.Tiling`."""
+
+    block: int
+    depth: int
+    steps: int
+    band: int
+
+
+# From so many pairs on, for one and for two weights in a byte. Tokens are the short side of a tile here, as many as most
+# experts have; a tile takes what the shared memory of a multiprocessor holds. By reckoning: not measured yet.
+QUANTIZED_TILES = {
+    1: {
+        0: QuantizedTiles(16, 128, 5, 12),
+        512: QuantizedTiles(32, 128, 5, 12),
+        2048: QuantizedTiles(64, 128, 4, 12),
+        6144: QuantizedTiles(128, 128, 3, 12),
+    },
+    2: {
+        0: QuantizedTiles(16, 128, 5, 12),
+        512: QuantizedTiles(32, 128, 4, 12),
+        2048: QuantizedTiles(64, 128, 3, 12),
+        6144: QuantizedTiles(128, 64, 4, 12),
+    },
+}
+
+
 def mosaic_problem(width: int, inner: int, dtype: jnp.dtype) -> str | None:
     """Say what the backend does not take of D, F and the weights' dtype, or of the GPU, if anything."""
-    if dtype != jnp.bfloat16:
-        return f"takes bfloat16, not {jnp.dtype(dtype).name}"
+    if dtype != jnp.bfloat16 and not form_of(dtype):
+        return f"takes bfloat16 and quantised weights, not {jnp.dtype(dtype).name}"
     for name, size in (("width", width), ("inner width", inner)):
         if size % 256 or not size:
             return f"takes multiples of 256, not an {name} of {size}"
@@ -57,13 +85,13 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     Args:
       shared: (gate_up [2, n F, D], down [D, n F]) of an MLP that all tokens go through, added unscaled: n experts more.
       live: how many tokens are no padding; None: all.
-      tiles: an entry of TILES; None chooses.
+      tiles: an entry of TILES, of quantised weights of QUANTIZED_TILES; None chooses.
 
     Raises:
       UserError: if the sizes, the dtype or the GPU are not what it takes.
     """
     # Mosaic GPU, for Hopper GPUs only
-    from ernie_jax.ops.mosaic_kernel import ALIGNMENT, INNER, Tiling, grouped_product
+    from ernie_jax.ops import mosaic_kernel, quantized_kernel
 
     tokens, k = chosen.shape
     experts, _, inner, width = gate_up.shape
@@ -71,11 +99,12 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
         raise UserError(f"expert backend mosaic {problem}; use expert backend blocks")
     more = 0 if shared is None else shared[1].shape[1] // inner
     pairs = tokens * (k + more)
-    tiles = tiles or TILES[max(least for least in TILES if least <= pairs)]
+    tiles = tiles or choose_tiles(pairs, gate_up.dtype)
     block = tiles[0].block
     blocks = min(pairs, pairs // block + experts + more)  # at most, all pairs local
-    rows = pairs + min(pairs, experts + more) * (ALIGNMENT - 1)
-    rows = -(-rows // ALIGNMENT) * ALIGNMENT + block  # the last block reads so far
+    alignment = mosaic_kernel.ALIGNMENT
+    rows = pairs + min(pairs, experts + more) * (alignment - 1)
+    rows = -(-rows // alignment) * alignment + block  # the last block reads so far
     counts = -(-tokens * k // 3072) * experts  # by chunks, as in pairs.cu
     here = jnp.stack([jnp.asarray(first_expert, jnp.int32), jnp.asarray(tokens if live is None else live, jnp.int32)])
     sizes = {"experts": experts, "shared": more}
@@ -95,11 +124,24 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
         most=block,
     )
     up_shared, down_shared = (None, None) if shared is None else (shared[0], shared[1][None])
-    up_tiling, down_tiling = (
-        Tiling(*tile)._replace(steps=min(tile.steps, contracted // INNER))
-        for tile, contracted in zip(tiles, (width, inner), strict=True)
-    )
-    hidden = grouped_product(gathered, gate_up, which, count, up_tiling, up_shared)
-    out = grouped_product(hidden, down[:, None], which, count, down_tiling, down_shared)
+
+    def product(rows, weight, tiles, beside):
+        if isinstance(weight, Quantized):
+            kernel, turns = quantized_kernel, weight.values.shape[-1] // tiles.depth
+        else:
+            kernel, turns = mosaic_kernel, weight.shape[-1] // mosaic_kernel.INNER
+        tiling = kernel.Tiling(*tiles)._replace(steps=min(tiles.steps, turns))
+        return kernel.grouped_product(rows, weight, which, count, tiling, beside)
+
+    hidden = product(gathered, gate_up, tiles[0], up_shared)
+    out = product(hidden, down[:, None], tiles[1], down_shared)
     total = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return kernels.call("ernie_combine_pairs", total, out, place, chosen, here, weights.astype(x.dtype), **sizes)
+
+
+def choose_tiles(pairs: int, dtype: jnp.dtype) -> tuple[Tiles, Tiles] | tuple[QuantizedTiles, QuantizedTiles]:
+    """Return the tiles of gate and up and of down, by the pairs of a token and an expert and the weights' dtype."""
+    table = TILES
+    if form := form_of(dtype):
+        table = {least: (tiles, tiles) for least, tiles in QUANTIZED_TILES[2 if form == "int4" else 1].items()}
+    return table[max(least for least in table if least <= pairs)]

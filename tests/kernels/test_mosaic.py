@@ -2,13 +2,14 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ernie_jax.errors import UserError
-from ernie_jax.ops import grouped_mlp, mosaic_kernel
+from ernie_jax.ops import dequantize, grouped_mlp, mosaic_kernel, quantize, quantized_kernel
 from ernie_jax.ops.mosaic import TILES, Tiles, by_mosaic
 from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
 from tests import emulator
@@ -29,6 +30,20 @@ def interpreted(monkeypatch):
     parameters = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=256)
     run = functools.partial(grouped_product, interpret=parameters)
     monkeypatch.setattr(mosaic_kernel, "grouped_product", run)
+    monkeypatch.setattr(quantized_kernel, "_SMS", 4)
+    run = functools.partial(quantized_kernel.grouped_product, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(quantized_kernel, "grouped_product", run)
+    monkeypatch.setattr(quantized_kernel, "add_products", add_products)
+
+
+def add_products(totals, weights, rows):
+    """Do what tensor cores do with operands from registers, of which the interpreter knows nothing."""
+    rows = rows[...].T
+    plgpu.commit_smem()  # the interpreter wants it before a copy overwrites what was read; a barrier does on GPUs
+    return tuple(
+        total + jnp.dot(part, rows, preferred_element_type=jnp.float32)
+        for total, part in zip(totals, weights, strict=True)
+    )
 
 
 def distance(out, expected):
@@ -178,3 +193,21 @@ def test_sizes_it_does_not_take(rng):
     x, chosen, weights, gate_up, down, _ = draw(rng, 2)
     with emulator.emulated(), pytest.raises(UserError, match="takes multiples of 256, not an inner width of 128"):
         grouped_mlp(x, chosen, weights, gate_up[:, :, :128], down[:, :, :128], "mosaic")
+
+
+def rounded(weight, form):
+    """Return a weight [*out, in] in a form, and what that stands for."""
+    weight = quantize(np.asarray(weight, np.float32), weight.ndim - 1, form)
+    return jax.tree.map(jnp.asarray, weight), dequantize(weight)
+
+
+@pytest.mark.parametrize(
+    ("form", "tokens", "along"), [("int8", 9, True), ("fp8", 40, False), ("int4", 9, True), ("int4", 90, True)]
+)
+def test_quantized_experts(form, tokens, along, rng):
+    x, chosen, weights, *exact = draw(rng, tokens)
+    (gate_up, down, *shared), wide = zip(*(rounded(w, form) for w in (*exact[:2], *exact[2])), strict=True)
+    with emulator.emulated():
+        out = grouped_mlp(x, chosen, weights, gate_up, down, "mosaic", shared=shared if along else None)
+    expected = reference(x, chosen, weights, *wide[:2], shared=wide[2:] if along else None)
+    assert distance(out, expected) < BOUND
