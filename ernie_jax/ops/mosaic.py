@@ -46,8 +46,8 @@ class QuantizedTiles(NamedTuple):
     band: int
 
 
-# From so many pairs on, for one and for two weights in a byte. Tokens are the short side of a tile here, as many as most
-# experts have; a tile takes what the shared memory of a multiprocessor holds. By reckoning: not measured yet.
+# From so many pairs on, for one and for two weights in a byte. Tokens are the short side of a tile here, as many as
+# most experts have; the loads in flight are what shared memory holds. By reckoning: not measured yet.
 QUANTIZED_TILES = {
     1: {
         0: QuantizedTiles(16, 128, 5, 12),
