@@ -85,9 +85,8 @@ class DeviceStep:
         """
         config, platform = model.config, layout.platform
         if config.quantize:
-            for op, backend in ("expert", expert_backend), ("linear", linear_backend), ("halves", halves_backend):
+            for op, backend in ("expert", expert_backend), ("linear", linear_backend):
                 check_takes_quantized(op, backend, config.quantize)
-            halves_backend = "none"
         kv_heads = config.num_key_value_heads // layout.size("kv_head")
         heads = config.head_dim, model.embed.weight.dtype, kv_heads
         self.attention_backend = attention_backend or default_attention_backend(platform, *heads)

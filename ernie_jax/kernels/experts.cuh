@@ -83,18 +83,19 @@ struct Sizes {
 // hidden[pair, F] = weight * swiglu(x gate^T, x up^T); a block computes 8 NP columns of one expert's pairs.
 template <int NP, int MT, int STAGES>
 __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
-    up_kernel(const bf16* __restrict__ x, const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
-              const bf16* __restrict__ shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
+    up_kernel(const bf16* __restrict__ x, const bf16* __restrict__ weights, const Weight gate_up,
+              const Weight shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
               Plan plan, Sizes z) {
   constexpr int NT = 2 * NP;
   __shared__ Room<NT, STAGES> room;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
-  const int steps = z.width / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
+  const int steps = z.width / (32 * kWarps), offset = lane % 4 * 8;
   const int shared_tiles = z.shared / (8 * NP), tiles = z.inner / (8 * NP);
   const bool shared = blockIdx.x < shared_tiles;
   int inner = z.shared, rows = z.tokens, column = blockIdx.x * 8 * NP;
   const int* pairs = nullptr;
-  const bf16* matrix = shared_gate_up;
+  Weight matrix = shared_gate_up;
+  int64_t above = 0;  // rows
   if (!shared) {
     const int group = (blockIdx.x - shared_tiles) / tiles;
     if (group >= *plan.count) return;
@@ -103,14 +104,13 @@ __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
     rows = plan.starts[expert + 1] - plan.starts[expert];
     inner = z.inner;
     column = (blockIdx.x - shared_tiles) % tiles * 8 * NP;
-    matrix = gate_up + (int64_t)expert * 2 * z.inner * z.width;
+    matrix = gate_up;
+    above = (int64_t)expert * 2 * z.inner;
   }
-  const bf16* w[NT];
+  Row<Form::kBf16> w[NT];
 #pragma unroll
-  for (int i = 0; i < NP; ++i) {
-    w[i] = matrix + (int64_t)(column + 8 * i + row) * z.width + offset;
-    w[NP + i] = w[i] + (int64_t)inner * z.width;
-  }
+  for (int i = 0; i < NT; ++i)
+    w[i] = Row<Form::kBf16>(matrix, above + i / NP * inner + column + i % NP * 8 + row, z.width, lane);
   for (int from = 0; from < rows; from += 16 * MT) {
     const bf16* lines[MT][2];
 #pragma unroll
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, NP == 1 ? 3 : 1)
     if (from) __syncthreads();
     float acc[MT][NT][4] = {};
     const int live = min(MT, (rows - from + 15) / 16);
-    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, [] {});
+    accumulate<NT, MT, STAGES>(room, acc, w, lines, warp * steps, steps, live, [] {});
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       if (m >= live) break;
@@ -151,19 +151,18 @@ struct Norm {
 // As `up_kernel` for a single token, whose pairs are its slots. A block takes every so many of the tiles of 8 columns, the
 // shared experts' first; while it sums up one, the weights of its next are on their way. Launched early, it begins before
 // the others are chosen: x is older than that.
-template <int STAGES>
+template <int STAGES, Form F>
 __global__ void __launch_bounds__(kThreads, kUpBlocks)
     up_one_kernel(const bf16* __restrict__ x, const int* __restrict__ chosen, const int* __restrict__ first,
-                  const bf16* __restrict__ weights, const bf16* __restrict__ gate_up,
-                  const bf16* __restrict__ shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
+                  const bf16* __restrict__ weights, const Weight gate_up, const Weight shared_gate_up, bf16* __restrict__ hidden, bf16* __restrict__ shared_hidden,
                   Norm norm, Sizes z) {
-  __shared__ uint4 rings[kWarps][STAGES][2][32];
+  __shared__ Ring<2, STAGES, F> rings[kWarps];
   __shared__ float partial[2][kWarps][16];  // of a tile and the next: 8 columns of gates, 8 of ups
   bf16* xs = dynamic_shared<bf16>();        // [D]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
-  const int steps = z.width / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
+  const int steps = z.width / (Layout<F>::kStep * kWarps), before = warp * steps;
   const int shared_tiles = z.shared / 8, per_expert = z.inner / 8, all = shared_tiles + z.k * per_expert;
-  uint4(*ring)[2][32] = rings[warp];
+  auto& ring = rings[warp];
   launch_next();
   const auto slot_of = [&](int tile) { return (tile - shared_tiles) / per_expert; };
   const auto expert_of = [&](int tile) { return chosen[slot_of(tile)] - *first; };
@@ -176,21 +175,22 @@ __global__ void __launch_bounds__(kThreads, kUpBlocks)
     }
     return tile;
   };
-  const bf16* gate = nullptr;  // this lane's row of the tile that is fetched
-  int64_t to_up = 0;
+  // The row of a tile's first gate and of its first up.
+  const auto first_row = [&](int tile, int n) {
+    if (tile < shared_tiles) return (int64_t)n * z.shared + tile * 8;
+    return ((int64_t)expert_of(tile) * 2 + n) * z.inner + (tile - shared_tiles) % per_expert * 8;
+  };
+  Row<F> rows[2];  // this lane's of the tile that is fetched: a gate's and an up's
   int coming = blockIdx.x, at = 0, slot = 0;  // the tile that is fetched, the step in it, and where that goes
   const auto enter = [&](int tile) {
     coming = next(tile);
     if (coming >= all) return;
-    const bool shared = coming < shared_tiles;
-    const int column = shared ? coming * 8 : (coming - shared_tiles) % per_expert * 8;
-    to_up = (int64_t)(shared ? z.shared : z.inner) * z.width;
-    gate = (shared ? shared_gate_up : gate_up + expert_of(coming) * 2 * to_up) + (int64_t)(column + row) * z.width + offset;
+    for (int n = 0; n < 2; ++n)
+      rows[n] = Row<F>(choose(coming < shared_tiles, shared_gate_up, gate_up), first_row(coming, n) + row, z.width, lane);
   };
   const auto fetch = [&] {
     if (coming < all) {
-      copy_async(&ring[slot][0][lane], gate + at * 32);
-      copy_async(&ring[slot][1][lane], gate + to_up + at * 32);
+      for (int n = 0; n < 2; ++n) ring.fetch(slot, n, lane, rows[n], before + at);
       if (++at == steps) at = 0, enter(coming + gridDim.x);
     }
     commit_copies();
@@ -203,12 +203,21 @@ __global__ void __launch_bounds__(kThreads, kUpBlocks)
   bring_row(x, norm.weight, norm.epsilon, xs, z.width);
   const uint4 none = make_uint4(0, 0, 0, 0);
   for (int parity = 0; tile < all; tile = next(tile + gridDim.x), parity ^= 1) {
-    float acc[2][4] = {};
-    for (int s = 0; s < steps; ++s) {
+    float acc[2][4] = {}, scales[2] = {};
+    if (threadIdx.x < 8)
+      for (int n = 0; n < 2; ++n)
+        scales[n] = output_scale<F>(choose(tile < shared_tiles, shared_gate_up, gate_up), first_row(tile, n) + threadIdx.x);
+    for (int s = before; s < before + steps; ++s) {
       wait_for_copies<STAGES - 1>();
-      const uint4 line = row == 0 ? *reinterpret_cast<const uint4*>(xs + offset + s * 32) : none;
-      mma32(acc[0], line, none, ring[slot][0][lane]);
-      mma32(acc[1], line, none, ring[slot][1][lane]);
+      Piece<F> pieces[2];
+      uint32_t grouped[2];
+      for (int n = 0; n < 2; ++n) pieces[n] = ring.weights[slot][n][lane], grouped[n] = ring.scale(slot, n, lane, s);
+#pragma unroll
+      for (int p = 0; p < Layout<F>::kParts; ++p) {
+        const bf16* from = xs + input_of<F>(s, p) + lane % 4 * Layout<F>::kLane;
+        const uint4 line = row == 0 ? *reinterpret_cast<const uint4*>(from) : none;
+        for (int n = 0; n < 2; ++n) mma32(acc[n], line, none, widen<F>(pieces[n], p, grouped[n]));
+      }
       fetch();
     }
     if (row == 0)
@@ -222,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, kUpBlocks)
       for (int w = 0; w < kWarps; ++w)
 #pragma unroll
         for (int n = 0; n < 2; ++n) sums[n] += partial[parity][w][8 * n + threadIdx.x];
-      const float value = swiglu(sums[0], sums[1]);
+      const float value = swiglu(sums[0] * scales[0], sums[1] * scales[1]);
       if (tile < shared_tiles) {
         shared_hidden[tile * 8 + threadIdx.x] = __float2bfloat16(value);
       } else {
@@ -234,32 +243,43 @@ __global__ void __launch_bounds__(kThreads, kUpBlocks)
 }
 
 // out[t, D] = sum over its pairs of hidden down^T, plus the shared experts', for up to 16 tokens. A block has 8 columns of
-// all tokens; its warps take turns at pieces of 256 of K, over all experts. While a warp multiplies one piece, the
+// all tokens; its warps take turns at pieces of K, of eight steps, over all experts. While a warp multiplies one piece, the
 // weights and the hidden rows of its next are on their way. A residual [T, D] is added last, unless it is null.
-template <bool ONE>
-__global__ void __launch_bounds__(kThreads)
+template <bool ONE, Form F = Form::kBf16>
+__global__ void __launch_bounds__(kThreads, ONE ? 3 : 1)
     walk_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ shared_hidden,
-                const int* __restrict__ chosen, const int* __restrict__ first, const bf16* __restrict__ down,
-                const bf16* __restrict__ shared_down, const bf16* __restrict__ residual, bf16* __restrict__ out,
+                const int* __restrict__ chosen, const int* __restrict__ first, const Weight down,
+                const Weight shared_down, const bf16* __restrict__ residual, bf16* __restrict__ out,
                 Plan plan, Sizes z) {
-  constexpr int kSteps = 8;  // of a piece
-  __shared__ Room<1, kSteps> room;
+  constexpr int kSteps = 8, kPiece = kSteps * Layout<F>::kStep, kParts = Layout<F>::kParts;
+  constexpr int kAhead = kSteps / kParts;  // hidden rows on their way, which take as many registers in every form
+  __shared__ Room<1, kSteps, F> room;
   __shared__ int experts[kMaxExperts], slots[32], count;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4 * 8;
-  const int column = blockIdx.x * 8, per_expert = z.inner / 256, beside = z.shared / 256;
-  uint4(*ring)[1][32] = room.ring[warp];
-  auto weights = [&](int piece) {
-    if (piece < beside) return shared_down + (int64_t)(column + row) * z.shared + piece * 256 + place;
-    piece -= beside;
-    const int64_t expert = experts[piece / per_expert];
-    return down + (expert * z.width + column + row) * z.inner + piece % per_expert * 256 + place;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4 * Layout<F>::kLane;
+  const int column = blockIdx.x * 8, per_expert = z.inner / kPiece, beside = z.shared / kPiece;
+  auto& ring = room.rings[warp];
+  // Of a piece: its expert's first output, and the first step in a row of its weights.
+  const auto output_of = [&](int piece) {
+    return piece < beside ? 0 : (int64_t)experts[(piece - beside) / per_expert] * z.width;
+  };
+  const auto step_of = [&](int piece) { return (piece < beside ? piece : (piece - beside) % per_expert) * kSteps; };
+  const auto row_of = [&](int piece) {
+    const bool shared = piece < beside;
+    return Row<F>(choose(shared, shared_down, down), output_of(piece) + column + row, shared ? z.shared : z.inner, lane);
+  };
+  // What the sums of a piece are to be multiplied by, for this lane's two columns.
+  const auto scales_of = [&](int piece) {
+    const Weight weight = choose(piece < beside, shared_down, down);
+    const int64_t output = output_of(piece) + column + lane % 4 * 2;
+    return make_float2(output_scale<F>(weight, output), output_scale<F>(weight, output + 1));
   };
   launch_next();
   auto fetch_first = [&] {
-    const bf16* w = weights(warp);
+    const Row<F> w = row_of(warp);
+    const int step = step_of(warp);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      copy_async(&ring[s][0][lane], w + 32 * s);
+      ring.fetch(s, 0, lane, w, step + s);
       commit_copies();
     }
   };
@@ -290,35 +310,55 @@ __global__ void __launch_bounds__(kThreads)
   };
   auto line = [&](int piece, int pair) -> const bf16* {
     if (pair < 0) return nullptr;
-    if (piece < beside) return shared_hidden + (int64_t)pair * z.shared + piece * 256 + place;
-    return hidden + (int64_t)pair * z.inner + (piece - beside) % per_expert * 256 + place;
+    return (piece < beside ? shared_hidden + (int64_t)pair * z.shared : hidden + (int64_t)pair * z.inner) + place;
   };
   float acc[1][4] = {};
-  Lines a[kSteps];
+  Lines a[kAhead][kParts];
+  float2 scales = make_float2(1, 1);
   int pairs[2] = {};  // of the next piece
+  const bf16* x[2] = {};  // of this piece
+  const auto load = [&](int stage, const bf16* const(&from)[2], int step) {
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) a[stage][p].load(from, input_of<F>(step, p));
+  };
   if (warp < all) {
     if (warp >= beside) fetch_first();
-    const bf16* const x[2] = {line(warp, pair_of(warp, row)), ONE ? nullptr : line(warp, pair_of(warp, row + 8))};
+    x[0] = line(warp, pair_of(warp, row));
+    if (!ONE) x[1] = line(warp, pair_of(warp, row + 8));
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) a[s].load(x, 32 * s);
+    for (int s = 0; s < kAhead; ++s) load(s, x, step_of(warp) + s);
+    scales = scales_of(warp);
     for (int h = 0; h < 2; ++h) pairs[h] = pair_of(warp + kWarps, row + 8 * h);
   }
   for (int piece = warp; piece < all; piece += kWarps) {
     const int following = piece + kWarps;
     const bool more = following < all;
-    const bf16* w = more ? weights(following) : nullptr;
-    const bf16* const x[2] = {line(following, pairs[0]), ONE ? nullptr : line(following, pairs[1])};
+    const Row<F> w = more ? row_of(following) : Row<F>();
+    const int step = step_of(piece), coming = more ? step_of(following) : 0;
+    const bf16* const next[2] = {line(following, pairs[0]), ONE ? nullptr : line(following, pairs[1])};
+    const float2 scales_here = scales;
+    if (more) scales = scales_of(following);
     for (int h = 0; h < 2; ++h) pairs[h] = pair_of(following + kWarps, row + 8 * h);
+    float sums[4] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       wait_for_copies<kSteps - 1>();
-      mma32(acc[0], a[s].low, a[s].high, ring[s][0][lane]);
-      if (more) {
-        copy_async(&ring[s][0][lane], w + 32 * s);
-        a[s].load(x, 32 * s);
-      }
+      const Piece<F> held = ring.weights[s][0][lane];
+      const uint32_t scale = ring.scale(s, 0, lane, step + s);
+#pragma unroll
+      for (int p = 0; p < kParts; ++p)
+        mma32(sums, a[s % kAhead][p].low, a[s % kAhead][p].high, widen<F>(held, p, scale));
+      if (s + kAhead < kSteps)
+        load(s % kAhead, x, step + s + kAhead);
+      else if (more)
+        load(s % kAhead, next, coming + s + kAhead - kSteps);
+      if (more) ring.fetch(s, 0, lane, w, coming + s);
       commit_copies();
     }
+    x[0] = next[0];
+    if (!ONE) x[1] = next[1];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[0][i] = fmaf(sums[i], i % 2 ? scales_here.y : scales_here.x, acc[0][i]);
   }
   reduce(room, acc, 8, [&](int r, int c, auto sum) {
     if (r >= z.tokens) return;
@@ -329,20 +369,20 @@ __global__ void __launch_bounds__(kThreads)
 
 // rows[pair, D] = hidden[pair] down^T; a block computes 8 NT columns of one expert's pairs.
 template <int NT, int MT, int STAGES>
-__global__ void __launch_bounds__(kThreads) down_kernel(const bf16* __restrict__ hidden, const bf16* __restrict__ down,
+__global__ void __launch_bounds__(kThreads) down_kernel(const bf16* __restrict__ hidden, const Weight down,
                                                         float* __restrict__ out, Plan plan, Sizes z) {
   __shared__ Room<NT, STAGES> room;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
-  const int steps = z.inner / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
+  const int steps = z.inner / (32 * kWarps), offset = lane % 4 * 8;
   const int tiles = z.width / (8 * NT), group = blockIdx.x / tiles, column = blockIdx.x % tiles * 8 * NT;
   if (group >= *plan.count) return;
   const int expert = plan.experts[group];
   const int* pairs = plan.pairs + plan.starts[expert];
   const int rows = plan.starts[expert + 1] - plan.starts[expert];
-  const bf16* w[NT];
+  Row<Form::kBf16> w[NT];
 #pragma unroll
   for (int i = 0; i < NT; ++i)
-    w[i] = down + (int64_t)expert * z.width * z.inner + (int64_t)(column + 8 * i + row) * z.inner + offset;
+    w[i] = Row<Form::kBf16>(down, (int64_t)expert * z.width + column + 8 * i + row, z.inner, lane);
   for (int from = 0; from < rows; from += 16 * MT) {
     const bf16* lines[MT][2];
 #pragma unroll
@@ -355,7 +395,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const bf16* __restrict__
     if (from) __syncthreads();
     float acc[MT][NT][4] = {};
     const int live = min(MT, (rows - from + 15) / 16);
-    accumulate<NT, MT, STAGES>(room, acc, w, lines, steps, live, [] {});
+    accumulate<NT, MT, STAGES>(room, acc, w, lines, warp * steps, steps, live, [] {});
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       if (m >= live) break;
@@ -391,36 +431,40 @@ constexpr int kWalks = 16;  // up to so many tokens `down` walks through the exp
 struct Operands {
   const bf16* x;
   const int *chosen, *first;
-  const bf16 *weights, *gate_up, *down, *shared_gate_up, *shared_down, *residual;
+  const bf16* weights;
+  Weight gate_up, down, shared_gate_up, shared_down;
+  const bf16* residual;
   bf16 *out, *hidden, *shared_hidden;
   float* rows;
   int* scratch;
 };
 
-// Launch the kernels; a norm and a residual are for a single token. `early`: the kernel before is of the same call.
-inline void run(cudaStream_t stream, const Operands& o, const Sizes& z, Norm norm = {}, bool early = false) {
+// Launch the kernels of a single token. `early`: the kernel before is of the same call.
+template <Form F>
+void run_one(cudaStream_t stream, const Operands& o, const Sizes& z, Norm norm, bool early) {
+  constexpr int kStages = F == Form::kInt4 ? 7 : 5;
+  const int tiles = z.shared / 8 + z.k * (z.inner / 8), most = kUpBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
+  launch(stream, up_one_kernel<kStages, F>, {tiles < most ? tiles : most, kThreads, z.width * sizeof(bf16), 1, early}, o.x,
+         o.chosen, o.first, o.weights, o.gate_up, o.shared_gate_up, o.hidden, o.shared_hidden, norm, z);
+  launch(stream, walk_kernel<true, F>, {z.width / 8, kThreads, 0, 1, early}, o.hidden, o.shared_hidden, o.chosen, o.first,
+         o.down, o.shared_down, o.residual, o.out, Plan(o.scratch, z.experts, z.k), z);
+}
+
+// Launch the kernels of several tokens, whose weights are bfloat16.
+inline void run(cudaStream_t stream, const Operands& o, const Sizes& z) {
   const Plan plan(o.scratch, z.experts, z.tokens * z.k);
   const bool walks = z.tokens <= kWalks;
-  if (z.tokens > 1) launch(stream, plan_kernel, {1, 1024}, o.chosen, o.first, plan, z.tokens, z.k, z.experts, walks);
+  launch(stream, plan_kernel, {1, 1024}, o.chosen, o.first, plan, z.tokens, z.k, z.experts, walks);
   const int groups = z.tokens * z.k < z.experts ? z.tokens * z.k : z.experts;
   auto up = [&](auto kernel, int columns) {
     const int blocks = z.shared / columns + groups * (z.inner / columns);
     launch(stream, kernel, {blocks, kThreads}, o.x, o.weights, o.gate_up, o.shared_gate_up, o.hidden, o.shared_hidden, plan,
            z);
   };
-  auto walk = [&](auto kernel) {
-    launch(stream, kernel, {z.width / 8, kThreads, 0, 1, early}, o.hidden, o.shared_hidden, o.chosen, o.first, o.down,
-           o.shared_down, o.residual, o.out, plan, z);
-  };
-  if (z.tokens == 1) {
-    const int tiles = z.shared / 8 + z.k * (z.inner / 8), most = kUpBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
-    launch(stream, up_one_kernel<5>, {tiles < most ? tiles : most, kThreads, z.width * sizeof(bf16), 1, early}, o.x,
-           o.chosen, o.first, o.weights, o.gate_up, o.shared_gate_up, o.hidden, o.shared_hidden,
-           norm, z);
-    walk(walk_kernel<true>);
-  } else if (walks) {
+  if (walks) {
     up(up_kernel<1, 1, 5>, 8);
-    walk(walk_kernel<false>);
+    launch(stream, walk_kernel<false>, {z.width / 8, kThreads}, o.hidden, o.shared_hidden, o.chosen, o.first, o.down,
+           o.shared_down, o.residual, o.out, plan, z);
   } else {
     if (z.tokens <= 64)
       up(up_kernel<2, 1, 3>, 16);

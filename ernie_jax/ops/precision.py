@@ -11,7 +11,7 @@ from ernie_jax.ops import stream
 from ernie_jax.ops.adapted import Adapted
 from ernie_jax.ops.int4 import int4_einsum
 from ernie_jax.ops.quantized import INT4, Quantized, check_takes_quantized
-from ernie_jax.ops.stream import linear_problem
+from ernie_jax.ops.stream import linear_problem, operand_problem
 
 _MANY = 1024  # tokens whose products fill a GPU with tiles, so that no library splits the contracted axis
 
@@ -65,9 +65,14 @@ def linear(
     return LINEAR_BACKENDS[backend](subscripts, x, weight, bias)
 
 
-def default_linear_backend(platform: str, tokens: int, inner: int, outer: int, dtype: jnp.dtype) -> str:
-    """Choose a backend: on GPUs our kernel, where it takes the product [T, K] x [N, K]."""
-    return "cuda" if platform == "gpu" and linear_problem(tokens, inner, outer, dtype) is None else "xla"
+def default_linear_backend(platform: str, x: jax.Array, weight: jax.Array | Quantized, inner: int) -> str:
+    """Choose a backend: on GPUs our kernel, where it takes the product.
+
+    Args:
+      inner: K, the product of the contracted axes.
+    """
+    problem = linear_problem(x.size // inner, inner, weight.size // inner, weight.dtype) or operand_problem(x, weight)
+    return "cuda" if platform == "gpu" and problem is None else "xla"
 
 
 def _xla(subscripts, x, weight, bias):

@@ -1,8 +1,8 @@
 """A grouped product of quantised weights for Hopper GPUs, in Pallas for Mosaic GPU. Import it only where it is to run.
 
 The weights are the tall operand: they come to shared memory as they are stored, become bfloat16 on the way to
-registers, and meet the rows of few or many tokens. So nothing but the stored bytes is read, and few tokens leave no tile
-half empty.
+registers, and meet the rows of few or many tokens. So nothing but the stored bytes is read, and few tokens leave no
+tile half empty.
 """
 
 from __future__ import annotations
