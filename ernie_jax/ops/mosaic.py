@@ -1,4 +1,5 @@
-"""The "mosaic" backend of the grouped expert MLP: a few to many tokens on Hopper GPUs, pairs sorted by expert."""
+"""The "mosaic" backends, for Hopper GPUs: the grouped expert MLP of a few to many tokens, pairs sorted by expert, and
+products of some tokens with quantised weights."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ import jax.numpy as jnp
 from ernie_jax import kernels
 from ernie_jax.errors import UserError
 from ernie_jax.ops.quantized import Quantized, form_of
+from ernie_jax.ops.stream import operand_problem
 
+_DEPTH = 128  # bytes of each row of weights that are loaded together
+_SHARED_MEMORY = 224 << 10  # of a CUDA block, without its barriers
+MOST = 512  # tokens of a product: of more it pays to make bfloat16 of a weight first
 MOST_ALONG = 512  # tokens that also go through the shared experts here, which would be copied for it
 
 
@@ -95,7 +100,8 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
 
     tokens, k = chosen.shape
     experts, _, inner, width = gate_up.shape
-    if problem := mosaic_problem(width, inner, gate_up.dtype):
+    problem = mosaic_problem(width, inner, gate_up.dtype) or operand_problem(x, gate_up, down, *(shared or ()))
+    if problem:
         raise UserError(f"expert backend mosaic {problem}; use expert backend blocks")
     more = 0 if shared is None else shared[1].shape[1] // inner
     pairs = tokens * (k + more)
@@ -145,3 +151,50 @@ def choose_tiles(pairs: int, dtype: jnp.dtype) -> tuple[Tiles, Tiles] | tuple[Qu
     if form := form_of(dtype):
         table = {least: (tiles, tiles) for least, tiles in QUANTIZED_TILES[2 if form == "int4" else 1].items()}
     return table[max(least for least in table if least <= pairs)]
+
+
+def product_problem(tokens: int, inner: int, outer: int, dtype: jnp.dtype) -> str | None:
+    """Say what `product` does not take of [T, K] x [N, K] and the weights' dtype, or of the GPU, if anything."""
+    if not form_of(dtype):
+        return f"takes quantised weights, not {jnp.dtype(dtype).name}"
+    if tokens > MOST:
+        return f"takes up to {MOST} tokens, not {tokens}"
+    if inner % 256 or outer % 128:
+        return f"takes multiples of 256 inputs and of 128 outputs, not {inner} and {outer}"
+    if kernels.capability() != "9.0":
+        return f"is for GPUs of compute capability 9.0, not {kernels.capability()}"
+    return None
+
+
+def product(x: jax.Array, weight: Quantized) -> jax.Array:
+    """Return x [T, K] times weight [N, K], transposed, in float32: [T, N]; all rows are one expert's.
+
+    Raises:
+      UserError: if the sizes, the dtypes or the GPU are not what it takes.
+    """
+    from ernie_jax.ops import quantized_kernel
+
+    tokens, inner = x.shape
+    problem = product_problem(tokens, inner, len(weight), weight.dtype) or operand_problem(x, weight)
+    if problem:
+        raise UserError(f"linear backend mosaic {problem}; use linear backend xla")
+    tiling = choose_tiling(tokens, weight)
+    blocks = [(0, at, min(tiling.block, tokens - at)) for at in range(0, tokens, tiling.block)]
+    rows = jnp.pad(x, ((0, -tokens % tiling.block), (0, 0)))
+    arrays = jnp.asarray(blocks, jnp.int32), jnp.asarray([len(blocks)], jnp.int32)
+    out = quantized_kernel.grouped_product(rows, weight[None, None], *arrays, tiling)
+    return (out if out.ndim == 2 else out.sum(0))[:tokens].astype(jnp.float32)
+
+
+def choose_tiling(tokens: int, weight: Quantized):
+    """Return how to cut up a product with a weight [N, K]: into about as many tiles as there are multiprocessors."""
+    from ernie_jax.ops.quantized_kernel import Tiling
+
+    outputs, stored = weight.values.shape
+    block = next(size for size in (16, 32, 64) if size >= min(tokens, 64))
+    halves = 2 if outputs % 256 == 0 and outputs >= 96 * 256 else 1
+    tiles, turns = outputs // (128 * halves) * -(-tokens // block), stored // _DEPTH
+    splits = max(part for part in range(1, turns + 1) if turns % part == 0 and (part == 1 or tiles * part <= 132))
+    step = _DEPTH * (128 * halves + block * 2 * weight.shape[1] // stored)  # bytes
+    left = _SHARED_MEMORY - 4 * block * 64 * (2 if splits == 1 else 4)
+    return Tiling(block, _DEPTH, min(turns // splits, left // step, 6), 12, halves, splits)

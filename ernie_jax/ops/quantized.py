@@ -28,7 +28,7 @@ _TRIALS = {
     INT4: np.linspace(1.05, 0.65, 12) / -8,
 }
 _BLOCK_BYTES = 1 << 18  # of float32 weights: what stays in a core's cache through all trials
-_BACKENDS = {"linear": ("xla", "cuda"), "expert": ("dense", "gather", "blocks", "batched", "cuda", "mosaic")}
+_BACKENDS = {"linear": ("xla", "cuda", "mosaic"), "expert": ("dense", "gather", "blocks", "batched", "cuda", "mosaic")}
 
 
 @jax.tree_util.register_dataclass

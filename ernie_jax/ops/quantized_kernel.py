@@ -20,25 +20,28 @@ from ernie_jax.ops.quantized import Quantized
 
 _SMS = 132  # of an H100 or H200; right with any number, fastest with the real one
 _SIDE = 64  # outputs, and inputs, that a warpgroup multiplies together
-_HALVES = 2  # times 64 outputs for each warpgroup: a gate's and an up's, or neighbours
 GROUP = 128  # inputs of an int4 scale
 ALIGNMENT = 8  # rows, at a multiple of which an expert's rows begin: those of a tile in shared memory
 
 
 class Tiling(NamedTuple):
-    """How a product is cut up. Two warpgroups multiply, each by 128 rows of weights; a third one loads.
+    """How a product is cut up. Two warpgroups multiply, each by 64 or 128 rows of weights; a third one loads.
 
     Attributes:
       block: rows of a tile; they all belong to one expert.
       depth: bytes of each row of weights that are loaded together, 64 or 128.
       steps: loads in flight.
       band: column tiles that are walked together, for the second-level cache.
+      halves: times 64 weights of a warpgroup; of a gated product 2.
+      splits: parts of the inputs that are summed up apart from each other, so that few tiles keep a GPU busy.
     """
 
     block: int
     depth: int
     steps: int
     band: int
+    halves: int = 2
+    splits: int = 1
 
 
 @functools.partial(jax.jit, static_argnames=("tiling", "interpret"))  # so that all layers share one lowering
@@ -53,17 +56,20 @@ def grouped_product(
 ) -> jax.Array:
     """Do what `mosaic_kernel.grouped_product` does with bfloat16 weights.
 
+    Returns:
+      [M, N] in the dtype of `rows`; with splits [splits, M, N] float32, of which the sum is the product.
+
     Raises:
       ValueError: if the sizes are no multiples of the tiles.
     """
     values, scales = weight.values, weight.scales
     packed = values.dtype == jnp.uint8  # two inputs in a byte
     (count, inner), (experts, gates, outputs, stored) = rows.shape, values.shape  # stored: bytes of a row
-    width = _HALVES * _SIDE // gates  # of the output, per warpgroup
-    block, depth = tiling.block, tiling.depth
+    block, depth, halves = tiling.block, tiling.depth, tiling.halves
+    width = halves * _SIDE // gates  # of the output, per warpgroup
     pieces = depth * inner // stored // _SIDE  # of the inputs, contracted one after the other
-    turns = stored // depth
-    whole = outputs % (2 * width) == 0 == stored % depth and turns >= tiling.steps
+    turns = stored // (depth * tiling.splits)
+    whole = outputs % (2 * width) == 0 == stored % (depth * tiling.splits) and turns >= tiling.steps
     if not whole or packed and weight.group != GROUP:
         raise ValueError(f"{tiling} does not divide rows {rows.shape} and weights {values.shape}")
     column_tiles = outputs // (2 * width)
@@ -71,22 +77,28 @@ def grouped_product(
     beside = (outputs, 0) if shared is None or shared.values.shape[2] == stored else (0, stored)  # from one to the next
     layout = plgpu.Layout.WGMMA
 
+    dtype = rows.dtype if tiling.splits == 1 else jnp.float32
+
     def tile_of(index, live):
-        return plgpu.planar_snake(index, (live, column_tiles), 1, min(tiling.band, column_tiles))
+        tile = plgpu.planar_snake(
+            lax.div(index, tiling.splits), (live, column_tiles), 1, min(tiling.band, column_tiles)
+        )
+        return *tile, lax.rem(index, tiling.splits)
 
     def load(refs, live, a, b, full, free):
         blocks_ref, rows_ref, weight_ref, shared_ref = refs
         plgpu.set_max_registers(40, action="decrease")
 
-        @plgpu.nd_loop((live * column_tiles,), collective_axes="sm")
+        @plgpu.nd_loop((live * column_tiles * tiling.splits,), collective_axes="sm")
         def _(info):
-            row_tile, column_tile = tile_of(info.index[0], live)
+            row_tile, column_tile, split = tile_of(info.index[0], live)
             chosen, first_row = blocks_ref[row_tile, 0], pl.multiple_of(blocks_ref[row_tile, 1], ALIGNMENT)
 
             @pl.loop(0, turns)
             def _(turn):
                 step = info.local_index * turns + turn
                 slot = lax.rem(step, tiling.steps)
+                turn += split * turns
 
                 @pl.when(step >= tiling.steps)
                 def _():
@@ -117,7 +129,7 @@ def grouped_product(
                     window = pl.ds(first_row, block), pl.ds((turn * pieces + piece) * _SIDE, _SIDE)
                     plgpu.copy_gmem_to_smem(rows_ref.at[*window], b.at[slot, piece], full.at[slot])
 
-        mine = lax.div(live * column_tiles + _SMS - 1 - lax.axis_index("sm"), _SMS) * turns
+        mine = lax.div(live * column_tiles * tiling.splits + _SMS - 1 - lax.axis_index("sm"), _SMS) * turns
 
         @pl.loop(jnp.maximum(mine - tiling.steps, 0), mine)
         def _(step):
@@ -127,9 +139,9 @@ def grouped_product(
         group = lax.axis_index("wg")
         plgpu.set_max_registers(232, action="increase")
 
-        @plgpu.nd_loop((live * column_tiles,), collective_axes="sm")
+        @plgpu.nd_loop((live * column_tiles * tiling.splits,), collective_axes="sm")
         def _(info):
-            row_tile, column_tile = tile_of(info.index[0], live)
+            row_tile, column_tile, split = tile_of(info.index[0], live)
             chosen = blocks_ref[row_tile, 0]
             first = (column_tile * 2 + group) * width
 
@@ -156,20 +168,20 @@ def grouped_product(
                 step = info.local_index * turns + turn
                 slot = lax.rem(step, tiling.steps)
                 if packed:  # asked for before the weights are waited for
-                    groups = range(pieces // 2)
-                    steps = [[load_scales(h, turn * len(groups) + g) for h in range(_HALVES)] for g in groups]
+                    count = pieces // 2
+                    group_scales = [
+                        [load_scales(half, (split * turns + turn) * count + at) for half in range(halves)]
+                        for at in range(count)
+                    ]
                 plgpu.barrier_wait(full.at[slot])
-                lines = [pl.ds((group * _HALVES + half) * _SIDE, _SIDE) for half in range(_HALVES)]
+                lines = [pl.ds((group * halves + half) * _SIDE, _SIDE) for half in range(halves)]
                 found = [plgpu.layout_cast(a[slot, at], plgpu.Layout.WGMMA_UPCAST_2X) for at in lines]
                 for piece in range(pieces):
                     if packed:
+                        at = piece // 2
                         wide = [
-                            nibbles(
-                                part[:, piece // 2 * _SIDE : (piece // 2 + 1) * _SIDE],
-                                piece % 2,
-                                functools.partial(spread, scale, _SIDE),
-                            )
-                            for part, scale in zip(found, steps[piece // 2], strict=True)
+                            nibbles(part[:, at * _SIDE : (at + 1) * _SIDE], piece % 2, spread(scale, _SIDE))
+                            for part, scale in zip(found, group_scales[at], strict=True)
                         ]
                     else:
                         wide = [widen(part[:, piece * _SIDE : (piece + 1) * _SIDE]) for part in found]
@@ -178,7 +190,7 @@ def grouped_product(
                 return totals
 
             zeros = plgpu.layout_cast(jnp.zeros((_SIDE, block), jnp.float32), layout)
-            y = lax.fori_loop(0, turns, step_of, (zeros,) * _HALVES)
+            y = lax.fori_loop(0, turns, step_of, (zeros,) * halves)
             if not packed:
                 y = [total * spread(load_scales(half), block) for half, total in enumerate(y)]
             if gates == 2:
@@ -192,12 +204,13 @@ def grouped_product(
                 # Not that of the piece before, of a tile before.
                 buffer = lax.rem(info.local_index * len(y) * down + piece, 2)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                part = y[i][:, j : j + leave].astype(rows.dtype)
+                part = y[i][:, j : j + leave].astype(dtype)
                 out.at[group, buffer].transpose((1, 0))[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
 
                 def store(at, size, i=i, j=j, buffer=buffer):
-                    target = out_ref.at[pl.ds(first_row + j + at, size), pl.ds(first + i * _SIDE, _SIDE)]
+                    target = out_ref if tiling.splits == 1 else out_ref.at[split]
+                    target = target.at[pl.ds(first_row + j + at, size), pl.ds(first + i * _SIDE, _SIDE)]
                     plgpu.copy_smem_to_gmem(out.at[group, buffer, pl.ds(at, size)], target, commit_group=False)
 
                 # The rows behind the block's are another's.
@@ -214,13 +227,16 @@ def grouped_product(
         *along, out_ref = more
         shared_ref, shared_scales_ref = along or (None, None)
         tiled = plgpu.TilingTransform((8, depth)), plgpu.SwizzleTransform(depth)  # of bytes
-        swizzled = plgpu.TilingTransform((8, _SIDE)), plgpu.SwizzleTransform(2 * _SIDE)  # of bfloat16
+        swizzled, left = (
+            (plgpu.TilingTransform((8, 128 // jnp.dtype(kind).itemsize)), plgpu.SwizzleTransform(128))
+            for kind in (rows.dtype, dtype)
+        )
 
         @functools.partial(
             pl.run_scoped,
-            a=plgpu.SMEM((tiling.steps, 2 * _HALVES * _SIDE, depth), values.dtype, transforms=tiled),
+            a=plgpu.SMEM((tiling.steps, 2 * halves * _SIDE, depth), values.dtype, transforms=tiled),
             b=plgpu.SMEM((tiling.steps, pieces, block, _SIDE), rows.dtype, transforms=swizzled),
-            out=plgpu.SMEM((2, 2, leave, _SIDE), rows.dtype, transforms=swizzled),
+            out=plgpu.SMEM((2, 2, leave, _SIDE), dtype, transforms=left),
             full=plgpu.Barrier(num_arrivals=2 * gates + pieces, num_barriers=tiling.steps),
             free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.steps),
             collective_axes="wg",
@@ -237,7 +253,7 @@ def grouped_product(
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((count, outputs), rows.dtype),
+        out_type=jax.ShapeDtypeStruct((*[tiling.splits] * (tiling.splits > 1), count, outputs), dtype),
         grid=(_SMS,),
         grid_names=("sm",),
         num_threads=3,
@@ -255,10 +271,10 @@ def widen(stored):
     return plgpu.layout_cast(stored.astype(jnp.bfloat16), plgpu.Layout.WGMMA)
 
 
-def nibbles(stored, high, spread):
+def nibbles(stored, high, scale):
     """Return what the low or the high nibbles of bytes stand for, in bfloat16."""
     stored = plgpu.layout_cast(stored, plgpu.Layout.WGMMA)
-    scale = spread().astype(jnp.bfloat16)
+    scale = scale.astype(jnp.bfloat16)
     if high:  # 16 (n - 8) as a signed byte
         stored = (stored ^ jnp.uint8(0x80)) & jnp.uint8(0xF0)
         return stored.astype(jnp.int8).astype(jnp.bfloat16) * (scale * jnp.bfloat16(1 / 16))

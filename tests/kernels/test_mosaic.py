@@ -2,17 +2,17 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ernie_jax.errors import UserError
-from ernie_jax.ops import dequantize, grouped_mlp, mosaic_kernel, quantize, quantized_kernel
+from ernie_jax.ops import grouped_mlp, mosaic_kernel, quantized_kernel
 from ernie_jax.ops.mosaic import TILES, Tiles, by_mosaic
 from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
 from tests import emulator
+from tests.kernels.cases import check_linear, rounded
 
 pytestmark = pytest.mark.skipif(emulator.problem() is not None, reason=str(emulator.problem()))
 
@@ -195,12 +195,6 @@ def test_sizes_it_does_not_take(rng):
         grouped_mlp(x, chosen, weights, gate_up[:, :, :128], down[:, :, :128], "mosaic")
 
 
-def rounded(weight, form):
-    """Return a weight [*out, in] in a form, and what that stands for."""
-    weight = quantize(np.asarray(weight, np.float32), weight.ndim - 1, form)
-    return jax.tree.map(jnp.asarray, weight), dequantize(weight)
-
-
 @pytest.mark.parametrize(
     ("form", "tokens", "along"), [("int8", 9, True), ("fp8", 40, False), ("int4", 9, True), ("int4", 90, True)]
 )
@@ -211,3 +205,9 @@ def test_quantized_experts(form, tokens, along, rng):
         out = grouped_mlp(x, chosen, weights, gate_up, down, "mosaic", shared=shared if along else None)
     expected = reference(x, chosen, weights, *wide[:2], shared=wide[2:] if along else None)
     assert distance(out, expected) < BOUND
+
+
+@pytest.mark.parametrize(("form", "tokens"), [("int8", 20), ("int4", 70)])
+def test_quantized_product(form, tokens, rng):
+    with emulator.emulated():
+        check_linear(rng, tokens, 1024, 256, form, "mosaic")
