@@ -15,6 +15,15 @@ struct Weight {
 
 constexpr int kGroup = 128;
 
+inline Form form_of(const ffi::AnyBuffer& values) {
+  switch (values.element_type()) {
+    case ffi::DataType::S8: return Form::kInt8;
+    case ffi::DataType::F8E4M3FN: return Form::kFp8;
+    case ffi::DataType::U8: return Form::kInt4;
+    default: return Form::kBf16;
+  }
+}
+
 inline Weight weight_of(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales) {
   return {values.untyped_data(), scales.untyped_data()};
 }
@@ -26,14 +35,14 @@ __host__ __device__ __forceinline__ Weight choose(bool first, const Weight& one,
 template <Form F>
 using FormConstant = std::integral_constant<Form, F>;
 
-// Call use(FormConstant<F>) with the form of a weight's values.
+// Call use(FormConstant<form>()).
 template <typename Use>
-void with_form(const ffi::AnyBuffer& values, Use use) {
-  switch (values.element_type()) {
-    case ffi::DataType::S8: return use(FormConstant<Form::kInt8>());
-    case ffi::DataType::F8E4M3FN: return use(FormConstant<Form::kFp8>());
-    case ffi::DataType::U8: return use(FormConstant<Form::kInt4>());
-    default: return use(FormConstant<Form::kBf16>());
+void with_form(Form form, Use use) {
+  switch (form) {
+    case Form::kBf16: return use(FormConstant<Form::kBf16>());
+    case Form::kInt8: return use(FormConstant<Form::kInt8>());
+    case Form::kFp8: return use(FormConstant<Form::kFp8>());
+    case Form::kInt4: return use(FormConstant<Form::kInt4>());
   }
 }
 

@@ -4,6 +4,7 @@
 #include "experts.cuh"
 #include "linear.cuh"
 #include "router.cuh"
+#include "stream.cuh"
 
 namespace ernie {
 namespace {
@@ -40,7 +41,7 @@ ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer 
   const Product project{one ? data<bf16>(x) : data<bf16>(*normalised), one ? data<bf16>(norm) : nullptr,
                         weight_of(qkv_weight, qkv_scales), nullptr, data<bf16>(*qkv), tokens, kv_heads * lines * dim,
                         width, epsilon};
-  with_form(qkv_weight, [&](auto form) { run_linear<decltype(form)::value>(stream, project, true); });
+  run_linear(stream, form_of(qkv_weight), project, true);
   attention::Step step;
   step.q = data<bf16>(*qkv), step.k = step.q + (lines - 2) * dim, step.v = step.k + dim;
   step.line = lines * dim;
@@ -53,7 +54,7 @@ ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer 
   attention::run(stream, step, partials->dimensions()[0], true);
   const Product back{data<bf16>(*heads), nullptr, weight_of(out_weight, out_scales), residual ? data<bf16>(x) : nullptr,
                      data<bf16>(*out), tokens, width, kv_heads * (lines - 2) * dim, 0};
-  with_form(out_weight, [&](auto form) { run_linear<decltype(form)::value>(stream, back, true); });
+  run_linear(stream, form_of(out_weight), back, true);
   return launch_status("attention half");
 }
 
@@ -100,9 +101,7 @@ ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer no
                             data<bf16>(*shared_hidden),
                             nullptr,
                             nullptr};
-  with_form(gate_up, [&](auto form) {
-    experts::run_one<decltype(form)::value>(stream, o, z, {data<bf16>(norm), epsilon}, true);
-  });
+  experts::run_one(stream, form_of(gate_up), o, z, {data<bf16>(norm), epsilon}, true);
   return launch_status("experts half");
 }
 

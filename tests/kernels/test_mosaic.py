@@ -34,6 +34,7 @@ def interpreted(monkeypatch):
     run = functools.partial(quantized_kernel.grouped_product, interpret=plgpu.InterpretGPUParams(detect_races=True))
     monkeypatch.setattr(quantized_kernel, "grouped_product", run)
     monkeypatch.setattr(quantized_kernel, "add_products", add_products)
+    monkeypatch.setattr(quantized_kernel, "nibbles", nibbles)
 
 
 def add_products(totals, weights, rows):
@@ -44,6 +45,10 @@ def add_products(totals, weights, rows):
         total + jnp.dot(part, rows, preferred_element_type=jnp.float32)
         for total, part in zip(totals, weights, strict=True)
     )
+
+
+def nibbles(stored):
+    return tuple(part.astype(jnp.bfloat16) - jnp.bfloat16(8) for part in (stored & 15, stored >> 4))
 
 
 def distance(out, expected):
