@@ -3,9 +3,9 @@
     python -m benchmarks.quantized_ops [experts] [token] [products] [tiles] [--quantize=int8,fp8,int4,none]
 
 `experts`: the experts of 2 and more tokens, up to 512 with the shared ones. `token`: those of a single token.
-`products`: dense products by each backend. `tiles`: what else the experts' product could be cut into. Each part and form
-is a process of its own with a time limit. Errors are those of a few tokens against float64; TB/s count each weight of a
-chosen expert once, with its scales; "none" is bfloat16, for comparison.
+`products`: dense products by each backend. `tiles`: what else the experts' product could be cut into. Each part and
+form is a process of its own with a time limit. Errors are those of a few tokens against float64; TB/s count each weight
+of a chosen expert once, with its scales; "none" is bfloat16, for comparison.
 """
 
 from __future__ import annotations

@@ -291,8 +291,8 @@ def nibbles(stored):
     return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=(wide, wide))(_split)(stored)
 
 
-# Of two bytes beside 0x43, the upper byte of 128 in bfloat16: four bits of each as the lowest of its fraction, less 136.
-# A compiler that is told the same in words makes three times as much of it.
+# Two bytes, each below 0x43, the upper byte of 128 in bfloat16: their low and their high four bits as the last of the
+# fraction, less 136. Said in words, it would become three times as many instructions.
 _SPLIT = """{
     .reg .b32 bytes, above, both, less;
     mov.b32 less, 0x43084308;
