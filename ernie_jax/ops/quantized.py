@@ -156,7 +156,7 @@ def check_takes_quantized(op: str, backend: str | None, form: str) -> None:
     """Check that a backend computes with quantised weights.
 
     Args:
-      op: linear, expert or halves.
+      op: linear or expert.
       backend: None, the choice by platform and shape, does.
 
     Raises:
