@@ -195,7 +195,7 @@ def test_a_decode_step_is_our_kernels(tokens):
         ("fp8", "decode", 1),
         ("int8", "decode", 16),
         ("int4", "decode", 64),
-        ("int8", "decode", 256),
+        ("int8", "decode", 128),
         ("int4", "prefill", 2048),
     ],
 )
