@@ -177,7 +177,7 @@ class Engine:
         if step.exchanges:
             words.append(f"exchange: {step.backends.exchange}")
         if self.config.quantize:
-            words.append(f"{self.config.quantize} weights: XLA's backends")
+            words.append(f"{self.config.quantize} weights")
         return " · ".join(words)
 
     def stats(self) -> Stats:

@@ -90,9 +90,8 @@ class DeviceStep:
         """
         config, platform = model.config, layout.platform
         if config.quantize:
-            for op, backend in ("expert", expert_backend), ("linear", linear_backend), ("halves", halves_backend):
+            for op, backend in ("expert", expert_backend), ("linear", linear_backend):
                 check_takes_quantized(op, backend, config.quantize)
-            halves_backend = "none"
         dtype = model.embed.weight.dtype
         kv_dtype = jnp.dtype(dtype if kv_dtype is None else kv_dtype)
         check_kv_dtype(config, kv_dtype, layout, platform)

@@ -4,6 +4,7 @@
 #include "experts.cuh"
 #include "linear.cuh"
 #include "router.cuh"
+#include "stream.cuh"
 
 namespace ernie {
 namespace {
@@ -27,38 +28,43 @@ void run_norm(cudaStream_t stream, const ffi::AnyBuffer& x, const ffi::AnyBuffer
 
 // out = attention(norm(x)), or x + that; see ops/halves.py.
 ffi::Error attention_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer qkv_weight,
-                          ffi::AnyBuffer out_weight, ffi::AnyBuffer rotation, ffi::AnyBuffer positions,
-                          ffi::AnyBuffer rows, ffi::AnyBuffer table, ffi::AnyBuffer, ffi::RemainingArgs,
-                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> normalised,
-                          ffi::Result<ffi::AnyBuffer> qkv, ffi::Result<ffi::AnyBuffer> heads,
-                          ffi::Result<ffi::AnyBuffer> partials, ffi::Result<ffi::AnyBuffer> pages,
-                          ffi::RemainingRets scales, float epsilon, int64_t residual) {
+                          ffi::AnyBuffer qkv_scales, ffi::AnyBuffer out_weight, ffi::AnyBuffer out_scales,
+                          ffi::AnyBuffer rotation, ffi::AnyBuffer positions, ffi::AnyBuffer rows, ffi::AnyBuffer table,
+                          ffi::AnyBuffer, ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> out,
+                          ffi::Result<ffi::AnyBuffer> normalised, ffi::Result<ffi::AnyBuffer> qkv,
+                          ffi::Result<ffi::AnyBuffer> heads, ffi::Result<ffi::AnyBuffer> partials,
+                          ffi::Result<ffi::AnyBuffer> pages, ffi::RemainingRets scales, float epsilon,
+                          int64_t residual) {
   const int tokens = x.dimensions()[0], width = x.dimensions()[1];
   const int kv_heads = qkv_weight.dimensions()[0], lines = qkv_weight.dimensions()[1], dim = qkv_weight.dimensions()[2];
   const bool one = tokens == 1;  // whose norm every block of the product computes for itself
   if (!one) run_norm(stream, x, norm, data<bf16>(*normalised), epsilon);
-  run_linear(stream, {one ? data<bf16>(x) : data<bf16>(*normalised), one ? data<bf16>(norm) : nullptr,
-                      data<bf16>(qkv_weight), nullptr, data<bf16>(*qkv), tokens, kv_heads * lines * dim, width, epsilon},
-             true);
+  const Product project{one ? data<bf16>(x) : data<bf16>(*normalised), one ? data<bf16>(norm) : nullptr,
+                        weight_of(qkv_weight, qkv_scales), nullptr, data<bf16>(*qkv), tokens, kv_heads * lines * dim,
+                        width, epsilon};
+  run_linear(stream, form_of(qkv_weight), project, true);
   attention::Step step =
       attention::describe(data<bf16>(*qkv), qkv->dimensions(), rotation, *pages, scales, positions, rows, table);
   step.out = data<bf16>(*heads), step.partials = data<float>(*partials);
   attention::run(stream, step, partials->dimensions()[0], true);
-  run_linear(stream, {data<bf16>(*heads), nullptr, data<bf16>(out_weight), residual ? data<bf16>(x) : nullptr,
-                      data<bf16>(*out), tokens, width, kv_heads * (lines - 2) * dim, 0}, true);
+  const Product back{data<bf16>(*heads), nullptr, weight_of(out_weight, out_scales), residual ? data<bf16>(x) : nullptr,
+                     data<bf16>(*out), tokens, width, kv_heads * (lines - 2) * dim, 0};
+  run_linear(stream, form_of(out_weight), back, true);
   return launch_status("attention half");
 }
 
 // out = experts(norm(x)), or x + that, of a single token; see ops/halves.py.
 ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer router,
-                        ffi::AnyBuffer bias, ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::AnyBuffer first,
-                        ffi::AnyBuffer shared_gate_up, ffi::AnyBuffer shared_down, ffi::Result<ffi::AnyBuffer> out,
+                        ffi::AnyBuffer bias, ffi::AnyBuffer gate_up, ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer down,
+                        ffi::AnyBuffer down_scales, ffi::AnyBuffer first, ffi::AnyBuffer shared_gate_up,
+                        ffi::AnyBuffer shared_gate_up_scales, ffi::AnyBuffer shared_down,
+                        ffi::AnyBuffer shared_down_scales, ffi::Result<ffi::AnyBuffer> out,
                         ffi::Result<ffi::AnyBuffer> chosen, ffi::Result<ffi::AnyBuffer> weights,
                         ffi::Result<ffi::AnyBuffer> probabilities, ffi::Result<ffi::AnyBuffer> normalised,
                         ffi::Result<ffi::AnyBuffer> sums, ffi::Result<ffi::AnyBuffer> hidden,
                         ffi::Result<ffi::AnyBuffer> shared_hidden, float norm_min, float epsilon, int64_t residual) {
-  const auto shape = gate_up.dimensions();  // [E, 2, F, D]
-  const int k = chosen->dimensions()[1], width = shape[3];
+  const auto shape = gate_up.dimensions();  // [E, 2, F, bytes or numbers of a row]
+  const int k = chosen->dimensions()[1], width = x.dimensions()[1];
   const router::Problem problem = {data<bf16>(x),
                                    data<bf16>(norm),
                                    data<float>(router),
@@ -76,12 +82,21 @@ ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer no
                                    epsilon};
   router::run(stream, problem, true, true);
   const experts::Sizes z{1, k, (int)shape[0], width, (int)shape[2], (int)shared_gate_up.dimensions()[1]};
-  const experts::Operands o{problem.x,           problem.experts,       data<int>(first),
-                            problem.weights,     data<bf16>(gate_up),   data<bf16>(down),
-                            data<bf16>(shared_gate_up), data<bf16>(shared_down), residual ? data<bf16>(x) : nullptr,
-                            data<bf16>(*out),    data<bf16>(*hidden),   data<bf16>(*shared_hidden),
-                            nullptr,             nullptr};
-  experts::run(stream, o, z, {data<bf16>(norm), epsilon}, true);
+  const experts::Operands o{problem.x,
+                            problem.experts,
+                            data<int>(first),
+                            problem.weights,
+                            weight_of(gate_up, gate_up_scales),
+                            weight_of(down, down_scales),
+                            weight_of(shared_gate_up, shared_gate_up_scales),
+                            weight_of(shared_down, shared_down_scales),
+                            residual ? data<bf16>(x) : nullptr,
+                            data<bf16>(*out),
+                            data<bf16>(*hidden),
+                            data<bf16>(*shared_hidden),
+                            nullptr,
+                            nullptr};
+  experts::run_one(stream, form_of(gate_up), o, z, {data<bf16>(norm), epsilon}, true);
   return launch_status("experts half");
 }
 
@@ -91,6 +106,8 @@ ffi::Error experts_half(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer no
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_attention_half, ernie::attention_half,
                               ernie::ffi::Ffi::Bind()
                                   .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
@@ -115,6 +132,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_attention_half, ernie::attention_half,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_experts_half, ernie::experts_half,
                               ernie::ffi::Ffi::Bind()
                                   .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()

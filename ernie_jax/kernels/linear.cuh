@@ -1,56 +1,21 @@
 // out[T, N] = x[T, K] w[N, K]^T for few tokens, if wanted added to a residual; of a single token also of its RMSNorm.
 #pragma once
 
-#include "stream.cuh"
+#include "forms.cuh"
 
 namespace ernie {
 
 // A launch's operands; norm [K], where it is no null that of a single token, and residual [T, N] may be null.
 struct Product {
-  const bf16 *x, *norm, *w, *residual;
+  const bf16 *x, *norm;
+  Weight w;
+  const bf16* residual;
   bf16* out;
   int tokens, n, k;
   float epsilon;
 };
 
-template <int NT, int STAGES>
-__global__ void __launch_bounds__(kThreads, NT == 1 ? 4 : 1) linear_kernel(const Product p) {
-  __shared__ Room<NT, STAGES> room;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
-  const int steps = p.k / (32 * kWarps), offset = warp * steps * 32 + lane % 4 * 8;
-  const int first = blockIdx.x * 8 * NT;
-  launch_next();
-  const bf16* rows[NT];
-  const bf16* lines[1][2];
-#pragma unroll
-  for (int i = 0; i < NT; ++i) rows[i] = p.w + (int64_t)(first + 8 * i + row) * p.k + offset;
-#pragma unroll
-  for (int h = 0; h < 2; ++h)
-    lines[0][h] = row + 8 * h < p.tokens ? p.x + (int64_t)(row + 8 * h) * p.k + offset : nullptr;
-  float acc[1][NT][4] = {};
-  const auto ready = [&] {  // weights are on their way
-    if (p.norm && threadIdx.x < p.k / 64) prefetch(p.norm + threadIdx.x * 64);
-    wait_for_previous();
-    if (!p.norm) return;
-    bf16* normalised = dynamic_shared<bf16>();
-    bring_row(p.x, p.norm, p.epsilon, normalised, p.k);
-    lines[0][0] = row == 0 ? normalised + offset : nullptr;
-  };
-  accumulate<NT, 1, STAGES>(room, acc, rows, lines, steps, 1, ready);
-  reduce(room, acc[0], 8 * NT, [&](int r, int c, auto sum) {
-    if (r >= p.tokens) return;
-    const int64_t at = (int64_t)r * p.n + first + c;
-    const float value = round_bf16(sum(c));
-    p.out[at] = __float2bfloat16(p.residual ? __bfloat162float(p.residual[at]) + value : value);
-  });
-}
-
-inline void run_linear(cudaStream_t stream, const Product& p, bool early = false) {
-  const size_t shared = p.norm ? p.k * sizeof(bf16) : 0;
-  if (p.n >= 16384)
-    launch(stream, linear_kernel<2, 5>, {p.n / 16, kThreads, shared, 1, early}, p);
-  else
-    launch(stream, linear_kernel<1, 5>, {p.n / 8, kThreads, shared, 1, early}, p);
-}
+// Launch the kernel. `early`: the kernel before is of the same call.
+void run_linear(cudaStream_t stream, Form form, const Product& p, bool early);
 
 }  // namespace ernie

@@ -7,6 +7,8 @@
 // A row is read once and written to all its places, so work is even however unevenly experts are chosen. To know the
 // places a CUDA block needs how many pairs each expert has, before its own tokens and in all: it counts those of its
 // chunk of `chosen` itself; the other chunks, if there are any, `count_kernel` has counted.
+//
+// Rows are bfloat16, or fp8 with a factor each, which is sorted with them.
 #include "common.cuh"
 
 namespace ernie {
@@ -107,23 +109,25 @@ __device__ __forceinline__ int find_firsts(const int (*sizes)[kMaxExperts], cons
   return __shfl_sync(~0u, blocks_to, 31);
 }
 
-// TOKENS: of a CUDA block, the warps of which share them out, and then each token's columns.
+// TOKENS: of a CUDA block, the warps of which share them out, and then each token's columns. A row is `vectors` of 16
+// bytes; factors may be null.
 template <int TOKENS>
 __global__ void __launch_bounds__(kThreads)
-    sort_kernel(const bf16* __restrict__ x, Pairs pairs, const int* __restrict__ counts, bf16* __restrict__ rows,
-                int* __restrict__ blocks, int* __restrict__ live, int* __restrict__ place_of, int width, int most) {
+    sort_kernel(const uint4* __restrict__ x, const float* __restrict__ factors, Pairs pairs,
+                const int* __restrict__ counts, uint4* __restrict__ rows, float* __restrict__ row_factors,
+                int* __restrict__ blocks, int* __restrict__ live, int* __restrict__ place_of, int vectors, int most) {
   constexpr int kOfToken = kWarps / TOKENS, kStride = 32 * kOfToken;
   __shared__ int sizes[2][kMaxExperts];  // pairs of each expert: before the first of these tokens, from it on
   __shared__ int first_row[kMaxExperts], first_block[kMaxExperts];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp / kOfToken, part = warp % kOfToken;
   const int first = blockIdx.x * TOKENS, token = first + mine, first_id = first * pairs.k;
-  const int k = pairs.k, experts = pairs.experts, vectors = width / 8;
+  const int k = pairs.k, experts = pairs.experts;
 
   // Everything that is read comes at once.
   const Here here = pairs.read_here();
   uint4 held[kHeld];
   const auto load = [&](int from) {
-    const auto* row = reinterpret_cast<const uint4*>(x + (int64_t)token * width) + from;
+    const auto* row = x + (int64_t)token * vectors + from;
     const int left = token < pairs.tokens ? vectors - from : 0;
 #pragma unroll
     for (int j = 0; j < kHeld; ++j)
@@ -182,6 +186,7 @@ __global__ void __launch_bounds__(kThreads)
     place = first_row[e] + rank;
     if (part == 0) {
       place_of[token * pairs.slots() + lane] = place;
+      if (factors) row_factors[place] = factors[token];
       if (rank % most == 0) {  // a block begins
         int* block = blocks + 3 * (first_block[e] + rank / most);
         block[0] = e, block[1] = place, block[2] = min(most, size - rank);
@@ -193,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int slot = 0; slot < pairs.slots(); ++slot) {
       const int to = __shfl_sync(~0u, place, slot);
       if (to < 0) continue;
-      auto* row = reinterpret_cast<uint4*>(rows + (int64_t)to * width) + from;
+      auto* row = rows + (int64_t)to * vectors + from;
 #pragma unroll
       for (int j = 0; j < kHeld; ++j)
         if (j * kStride < vectors - from) row[j * kStride] = held[j];
@@ -243,26 +248,27 @@ __global__ void __launch_bounds__(kSumThreads)
   *to = make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
 }
 
-ffi::Error check(const Pairs& pairs, int width) {
-  if (pairs.slots() <= kMaxSlots && pairs.all() <= kMaxExperts && width % 8 == 0) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument("pairs: at most 32 experts a token of 256, and rows of a multiple of 8");
+ffi::Error check(const Pairs& pairs, int bytes) {
+  if (pairs.slots() <= kMaxSlots && pairs.all() <= kMaxExperts && bytes % 16 == 0) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("pairs: at most 32 experts a token of 256, and rows of a multiple of 16 bytes");
 }
 
-ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer chosen, ffi::AnyBuffer here,
-                ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> blocks, ffi::Result<ffi::AnyBuffer> live,
+ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer factors, ffi::AnyBuffer chosen,
+                ffi::AnyBuffer here, ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> row_factors,
+                ffi::Result<ffi::AnyBuffer> blocks, ffi::Result<ffi::AnyBuffer> live,
                 ffi::Result<ffi::AnyBuffer> place, ffi::Result<ffi::AnyBuffer> counts, int64_t experts, int64_t shared,
                 int64_t most) {
   const Pairs pairs{data<int>(chosen), data<int>(here), (int)chosen.dimensions()[0], (int)chosen.dimensions()[1],
                     (int)experts,      (int)shared};
-  const int width = x.dimensions()[1];
-  if (auto error = check(pairs, width); error.failure()) return error;
+  const int bytes = x.size_bytes() / pairs.tokens;  // of a row
+  if (auto error = check(pairs, bytes); error.failure()) return error;
   if (pairs.chunks() > 1) launch(stream, count_kernel, {pairs.chunks(), kThreads}, pairs, data<int>(*counts));
   constexpr int kTokens = 4;
   const bool few = pairs.tokens <= kFew;
   launch(stream, few ? sort_kernel<1> : sort_kernel<kTokens>,
-         {few ? pairs.tokens : (pairs.tokens + kTokens - 1) / kTokens, kThreads}, data<bf16>(x), pairs,
-         data<int>(*counts), data<bf16>(*rows), data<int>(*blocks), data<int>(*live), data<int>(*place), width,
-         (int)most);
+         {few ? pairs.tokens : (pairs.tokens + kTokens - 1) / kTokens, kThreads}, data<uint4>(x),
+         factors.dimensions()[0] ? data<float>(factors) : nullptr, pairs, data<int>(*counts), data<uint4>(*rows),
+         data<float>(*row_factors), data<int>(*blocks), data<int>(*live), data<int>(*place), bytes / 16, (int)most);
   return launch_status("sort pairs");
 }
 
@@ -272,7 +278,7 @@ ffi::Error combine(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer plac
   const Pairs pairs{data<int>(chosen), data<int>(here), (int)chosen.dimensions()[0], (int)chosen.dimensions()[1],
                     (int)experts,      (int)shared};
   const int width = out->dimensions()[1];
-  if (auto error = check(pairs, width); error.failure()) return error;
+  if (auto error = check(pairs, width * sizeof(bf16)); error.failure()) return error;
   const dim3 grid((width / 8 + kSumThreads - 1) / kSumThreads, pairs.tokens);
   launch(stream, combine_kernel, {grid, kSumThreads}, data<bf16>(rows), data<int>(place), pairs,
          data<bf16>(weights), data<bf16>(*out), width);
@@ -288,6 +294,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_sort_pairs, ernie::sort,
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()

@@ -1,7 +1,7 @@
 // The heart of products with few rows: weights stream from memory to registers once, at full width.
 #pragma once
 
-#include "common.cuh"
+#include "forms.cuh"
 
 namespace ernie {
 
@@ -12,9 +12,9 @@ constexpr int kThreads = 32 * kWarps;
 //
 // Each lane copies the weights that it needs itself into slots of its own, so that no barrier stands between memory and
 // use; registers could not hold as much, and the compiler would move the loads next to their use.
-template <int NT, int STAGES>
+template <int NT, int STAGES, Form F = Form::kBf16>
 union Room {
-  uint4 ring[kWarps][STAGES][NT][32];
+  Ring<NT, STAGES, F> rings[kWarps];
   float partial[kWarps][16][8 * NT + 4];
 };
 
@@ -71,32 +71,38 @@ struct Lines {
   }
 };
 
-// Add to acc[m][n] the product of 16 MT rows of x and 8 NT rows of weights over `steps` times 32 of K.
+// Add to acc[m][n] the product of 16 MT rows of x and 8 NT rows of weights over `steps` steps of K from `first` on.
 //
 // w[n] points at this lane's place in weight row 8 n + lane / 4, x[m][h] at its place in row 16 m + 8 h + lane / 4 of x
 // or is null where there is no such row; m-tiles from `live` on have none. STAGES steps of weights are on their way.
 // `ready` is called once, before x is read.
-template <int NT, int MT, int STAGES, typename Ready>
-__device__ __forceinline__ void accumulate(Room<NT, STAGES>& room, float (&acc)[MT][NT][4], const bf16* const (&w)[NT],
-                                           const bf16* const (&x)[MT][2], int steps, int live, Ready ready) {
-  uint4(*ring)[NT][32] = room.ring[threadIdx.x / 32];
+template <int NT, int MT, int STAGES, Form F = Form::kBf16, typename Ready>
+__device__ __forceinline__ void accumulate(Room<NT, STAGES, F>& room, float (&acc)[MT][NT][4], const Row<F> (&w)[NT],
+                                           const bf16* const (&x)[MT][2], int first, int steps, int live, Ready ready) {
+  // Rows of x come as early as weights, but not where that takes more registers than there are.
+  constexpr int kParts = Layout<F>::kParts, kAhead = F == Form::kBf16 ? STAGES : 2;
+  static_assert(STAGES % kAhead == 0);
+  auto& ring = room.rings[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
-  Lines a[STAGES][MT];
+  Lines a[kAhead][MT][kParts];
   auto fetch = [&](int step, int stage) {
     if (step < steps) {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) copy_async(&ring[stage][n][lane], w[n] + step * 32);
+      for (int n = 0; n < NT; ++n) ring.fetch(stage, n, lane, w[n], first + step);
     }
     commit_copies();
   };
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) fetch(s, s);
   ready();
-  const auto load = [&](int m, int step, int stage) { a[stage][m].load(x[m], step * 32); };
+  const auto load = [&](int m, int step, int stage) {
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s)
+    for (int p = 0; p < kParts; ++p) a[stage][m][p].load(x[m], input_of<F>(first + step, p));
+  };
 #pragma unroll
-    for (int m = 0; m < MT; ++m) load(m, min(s, steps - 1), s);
+  for (int s = 0; s < kAhead; ++s)
+#pragma unroll
+    for (int m = 0; m < MT; ++m) load(m, max(min(s, steps - 1), 0), s);
   for (int from = 0; from < steps; from += STAGES) {
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) {
@@ -104,14 +110,19 @@ __device__ __forceinline__ void accumulate(Room<NT, STAGES>& room, float (&acc)[
       if (from + s < steps) {
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-          const uint4 b = ring[s][n][lane];
+          const Piece<F> piece = ring.weights[s][n][lane];
+          const uint32_t scale = ring.scale(s, n, lane, first + from + s);
 #pragma unroll
-          for (int m = 0; m < MT; ++m)
-            if (m < live) mma32(acc[m][n], a[s][m].low, a[s][m].high, b);
+          for (int p = 0; p < kParts; ++p) {
+            const uint4 b = widen<F>(piece, p, scale);
+#pragma unroll
+            for (int m = 0; m < MT; ++m)
+              if (m < live) mma32(acc[m][n], a[s % kAhead][m][p].low, a[s % kAhead][m][p].high, b);
+          }
         }
-        if (from + s + STAGES < steps) {
+        if (from + s + kAhead < steps) {
 #pragma unroll
-          for (int m = 0; m < MT; ++m) load(m, from + s + STAGES, s);
+          for (int m = 0; m < MT; ++m) load(m, from + s + kAhead, s % kAhead);
         }
       }
       fetch(from + s + STAGES, s);
@@ -121,8 +132,8 @@ __device__ __forceinline__ void accumulate(Room<NT, STAGES>& room, float (&acc)[
 
 // Sum an m-tile over the warps; `use(row, column, sum)` is called for 16 rows and `columns` columns, where sum(c) is the
 // total at column c of that row. All threads must call this, after their last use of the ring.
-template <int NT, int STAGES, typename Use>
-__device__ __forceinline__ void reduce(Room<NT, STAGES>& room, const float (&acc)[NT][4], int columns, Use use) {
+template <int NT, int STAGES, Form F, typename Use>
+__device__ __forceinline__ void reduce(Room<NT, STAGES, F>& room, const float (&acc)[NT][4], int columns, Use use) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
   __syncthreads();
 #pragma unroll

@@ -156,8 +156,7 @@ class Linear(nnx.Module):
         backend = "xla" if self.adapted else backends.linear
         if backend is None:
             inner = math.prod(weight.shape[-self.inputs :])
-            shape = x.size // inner, inner, weight.size // inner, weight.dtype
-            backend = default_linear_backend(backends.platform, *shape)
+            backend = default_linear_backend(backends.platform, x, weight, inner)
         return linear(subscripts, x, weight, bias, backend)
 
 
@@ -229,10 +228,10 @@ class Attention(nnx.Module):
         """Do `norm`, this and the addition of x, if `residual`, in one call; None if there is none for this step."""
         if not (backends.takes_halves and isinstance(attend, PagedAttention) and attend.backend == "cuda"):
             return None
-        qkv, out = self.qkv.weight[...], self.out.weight[...]
         if self.qkv.adapted or self.out.adapted:
             return None
-        if hasattr(self.qkv, "bias") or attention_half_problem(x, qkv, cache, attend.batch):
+        qkv, out = self.qkv.kernel, self.out.kernel
+        if hasattr(self.qkv, "bias") or attention_half_problem(x, qkv, out, cache, attend.batch):
             return None
         return attention_half(x, norm.weight[...], norm.epsilon, qkv, out, angles, cache, attend.batch, residual)
 
@@ -331,7 +330,7 @@ class Experts(nnx.Module):
         first = shard.index("expert") * local
 
         def choose(tokens):
-            return self._backend(tokens, k, local, backends)
+            return self._backend(tokens, k, local, backends, x.dtype)
 
         def compute(x, experts, weights, along=None, live=None):
             return grouped_mlp(x, experts, weights, gate_up, down, choose(len(x)), first, along, live)
@@ -357,7 +356,7 @@ class Experts(nnx.Module):
             return add_shared(y)
         if shared is not None and not (shared.biased or shared.gate_up.adapted or shared.down.adapted):
             along = shared.gate_up.kernel, shared.down.kernel
-            if takes_shared(choose(len(x)), len(x), down.shape[-1], along[1].shape[-1]):
+            if takes_shared(choose(len(x)), len(x), down.shape[-1], along[1].shape[-1], down.dtype):
                 return compute(x, experts, weights, along, live)
         return add_shared(compute(x, experts, weights, live=live))
 
@@ -377,7 +376,7 @@ class Experts(nnx.Module):
             if gathered:
                 x, experts, weights = (jax.lax.all_gather(a, gathered, tiled=True) for a in (x, experts, weights))
             local = down.shape[0]
-            backend = self._backend(len(x), experts.shape[-1], local, backends)
+            backend = self._backend(len(x), experts.shape[-1], local, backends, x.dtype)
             first = inside.index("expert") * local
             y = grouped_mlp(x, experts, weights, gate_up, down, backend, first, total=self.count)
             if gathered:
@@ -400,12 +399,12 @@ class Experts(nnx.Module):
         )
         return divided(x, experts, weights, self.gate_up.kernel, self.down.kernel)
 
-    def _backend(self, tokens: int, k: int, local: int, backends: Backends) -> str:
-        """Choose how so many tokens go through so many of the experts."""
-        down = self.down.weight[...]
+    def _backend(self, tokens: int, k: int, local: int, backends: Backends, dtype: jnp.dtype) -> str:
+        """Choose how so many tokens of a dtype go through so many of the experts."""
+        down = self.down.kernel
         adapted = self.gate_up.adapted or self.down.adapted
         shape = (tokens, k, "cpu" if adapted else backends.platform, local, self.count)
-        return backends.experts or default_expert_backend(*shape, *down.shape[1:], down.dtype)
+        return backends.experts or default_expert_backend(*shape, *down.shape[1:], down.dtype, dtype)
 
 
 class MoE(nnx.Module):
@@ -447,13 +446,13 @@ class MoE(nnx.Module):
             linears += [self.shared.gate_up, self.shared.down]
         if not backends.takes_halves or shard.exchanges or any(linear.adapted for linear in linears):
             return None
-        gate_up, down = self.experts.gate_up.weight[...], self.experts.down.weight[...]
+        gate_up, down = self.experts.gate_up.kernel, self.experts.down.kernel
         router, shared = self.router, None
         if hasattr(self, "shared"):
             if self.shared.biased:
                 return None
-            shared = self.shared.gate_up.weight[...], self.shared.down.weight[...]
-        if experts_half_problem(x, router.weight[...], router.k, gate_up, shared):
+            shared = self.shared.gate_up.kernel, self.shared.down.kernel
+        if experts_half_problem(x, router.weight[...], router.k, gate_up, down, shared):
             return None
         first = shard.index("expert") * len(gate_up)
         y, *routing = experts_half(

@@ -168,9 +168,7 @@ class Ernie(nnx.Module):
         """Map hidden states [..., D] to logits [..., V], in the model's dtype; of a shard's slice of the vocabulary."""
         with jax.named_scope("head"):
             weight, bias = self.head_weights()
-            vocab, width = weight.shape
-            shape = hidden.size // width, width, vocab, weight.dtype
-            backend = backends.linear or default_linear_backend(backends.platform, *shape)
+            backend = backends.linear or default_linear_backend(backends.platform, hidden, weight, weight.shape[1])
             return linear("...d,vd->...v", hidden, weight, bias, backend)
 
     def head_weights(self) -> tuple[jax.Array, jax.Array | None]:

@@ -61,16 +61,17 @@ def grouped_mlp(
     return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, *more)
 
 
-def takes_shared(backend: str, tokens: int, inner: int, shared_inner: int) -> bool:
+def takes_shared(backend: str, tokens: int, inner: int, shared_inner: int, dtype: jnp.dtype = jnp.bfloat16) -> bool:
     """Tell whether a backend computes the shared experts along with the chosen ones, and wins by it.
 
     Args:
       inner, shared_inner: width of an expert, and of the shared ones' MLP, on this shard.
+      dtype: of the weights.
     """
     if backend == "mosaic":  # to it they are more experts of the same width
         return tokens <= MOST_ALONG and shared_inner % inner == 0
     # Of the 21B model's shared width of 3,072 each of 8 shards has 384, which the kernel does not take.
-    return backend == "cuda" and tokens <= FEW and shared_inner % 256 == 0
+    return backend == "cuda" and tokens <= FEW and shared_inner % (512 if form_of(dtype) else 256) == 0
 
 
 def default_expert_backend(
@@ -82,6 +83,7 @@ def default_expert_backend(
     width: int = 0,
     inner: int = 0,
     dtype: jnp.dtype = jnp.float32,
+    activations: jnp.dtype = jnp.bfloat16,
 ) -> str:
     """Choose a backend by shape.
 
@@ -93,11 +95,13 @@ def default_expert_backend(
     Args:
       local_experts, experts: how many this shard has, and how many there are; None: enough to make no difference.
       width, inner, dtype: D, F and the dtype of the weights.
+      activations: the dtype of the tokens.
     """
-    if platform == "gpu" and tokens > 1 and mosaic_problem(width, inner, dtype) is None:
+    ours = platform == "gpu" and activations == jnp.bfloat16
+    if ours and tokens > 1 and mosaic_problem(width, inner, dtype) is None:
         return "mosaic"
     streams = tokens <= FEW or 128 < tokens <= 512  # between, where nearly all experts are read anyway, "dense" wins
-    if platform == "gpu" and streams and experts_problem(width, inner, local_experts or 0, dtype) is None:
+    if ours and streams and experts_problem(tokens, width, inner, local_experts or 0, dtype) is None:
         return "cuda"
     if tokens * k <= min(8, local_experts or 8):
         return "gather"

@@ -14,8 +14,9 @@ from ernie_jax import kernels
 from ernie_jax.ops.attention import RaggedBatch
 from ernie_jax.ops.decode_attention import decode_problem, partial_results, rotation
 from ernie_jax.ops.pages import Pages, arrays, described, rebuilt
+from ernie_jax.ops.quantized import Quantized
 from ernie_jax.ops.router import SPLITS, router_problem
-from ernie_jax.ops.stream import experts_problem, linear_problem
+from ernie_jax.ops.stream import experts_problem, linear_problem, no_experts, operand_problem, operands
 
 HALVES = ("cuda", "none")  # whose calls halves are
 
@@ -24,8 +25,8 @@ def attention_half(
     x: jax.Array,  # [T, D]
     norm_weight: jax.Array,  # [D]
     epsilon: float,
-    qkv_weight: jax.Array,  # [K, R + 2, H, D]
-    out_weight: jax.Array,  # [D, K, R, H]
+    qkv_weight: jax.Array | Quantized,  # [K, R + 2, H, D]
+    out_weight: jax.Array | Quantized,  # [D, K, R, H]
     angles: jax.Array,  # [T, H / 2]
     pages: Pages,  # [P, page_size, 2K, H]
     batch: RaggedBatch,
@@ -44,15 +45,16 @@ def attention_half(
     )
 
 
-def attention_half_problem(x, qkv_weight, pages, batch: RaggedBatch) -> str | None:
+def attention_half_problem(x, qkv_weight, out_weight, pages, batch: RaggedBatch) -> str | None:
     """Say what of a step the half does not take, if anything; arguments as in `attention_half`."""
     kv_heads, lines, head_dim, width = qkv_weight.shape
     group, tokens = lines - 2, len(x)
     if batch.max_query != 1:
         return "takes steps of one new token a sequence"
     return (
-        linear_problem(tokens, width, kv_heads * lines * head_dim, x.dtype)
-        or linear_problem(tokens, kv_heads * group * head_dim, width, qkv_weight.dtype)
+        linear_problem(tokens, width, kv_heads * lines * head_dim, qkv_weight.dtype)
+        or linear_problem(tokens, kv_heads * group * head_dim, width, out_weight.dtype)
+        or operand_problem(x, qkv_weight, out_weight)
         or decode_problem(head_dim, x.dtype, pages.dtype, group, pages.shape[1])
     )
 
@@ -65,10 +67,10 @@ def experts_half(
     correction_bias: jax.Array,  # [E] float32
     k: int,
     norm_min: float,
-    gate_up: jax.Array,  # [local E, 2, F, D]
-    down: jax.Array,  # [local E, D, F]
+    gate_up: jax.Array | Quantized,  # [local E, 2, F, D]
+    down: jax.Array | Quantized,  # [local E, D, F]
     first_expert: jax.Array | int,
-    shared: tuple[jax.Array, jax.Array] | None,
+    shared: tuple[jax.Array, jax.Array] | tuple[Quantized, Quantized] | None,
     residual: bool,
     backend: str = "cuda",
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -83,13 +85,14 @@ def experts_half(
     )  # fmt: skip
 
 
-def experts_half_problem(x, router_weight, k: int, gate_up, shared) -> str | None:
+def experts_half_problem(x, router_weight, k: int, gate_up, down, shared) -> str | None:
     """Say what of a step the half does not take, if anything; arguments as in `experts_half`."""
     experts, _, inner, width = gate_up.shape
     if len(x) != 1:
         return f"takes a single token, not {len(x)}"
     beside = 0 if shared is None else shared[1].shape[1]
-    problem = experts_problem(width, inner, experts, gate_up.dtype, beside)
+    problem = experts_problem(1, width, inner, experts, gate_up.dtype, beside)
+    problem = problem or operand_problem(x, gate_up, down, *(shared or ()))
     return problem or router_problem(width, len(router_weight), k, x.dtype)
 
 
@@ -108,14 +111,13 @@ def _cuda_attention(x, norm_weight, epsilon, qkv_weight, out_weight, angles, pag
         ],
         x,
         norm_weight,
-        qkv_weight,
-        out_weight,
+        *operands(qkv_weight, out_weight),
         rotation(angles),
         batch.positions,
         batch.rows,
         batch.page_table,
         *arrays(pages),
-        aliases={8 + i: 5 + i for i in range(len(arrays(pages)))},
+        aliases={10 + i: 5 + i for i in range(len(arrays(pages)))},
         epsilon=float(epsilon),
         residual=int(residual),
     )
@@ -125,10 +127,7 @@ def _cuda_attention(x, norm_weight, epsilon, qkv_weight, out_weight, angles, pag
 def _cuda_experts(
     x, norm_weight, epsilon, router_weight, correction_bias, k, norm_min, gate_up, down, first_expert, shared, residual
 ):
-    inner, width = gate_up.shape[2:]
-    if shared is None:
-        shared = jnp.zeros((2, 0, width), x.dtype), jnp.zeros((width, 0), x.dtype)
-    experts = len(router_weight)
+    inner, experts = gate_up.shape[2], len(router_weight)
     out, chosen, weights, probabilities, *_ = kernels.call(
         "ernie_experts_half",
         [
@@ -139,16 +138,15 @@ def _cuda_experts(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((1, SPLITS, experts), jnp.float32),
             jax.ShapeDtypeStruct((k, inner), x.dtype),
-            jax.ShapeDtypeStruct((1, shared[0].shape[1]), x.dtype),
+            jax.ShapeDtypeStruct((1, 0 if shared is None else shared[1].shape[1]), x.dtype),
         ],
         x,
         norm_weight,
         router_weight,
         correction_bias,
-        gate_up,
-        down,
+        *operands(gate_up, down),
         jnp.asarray(first_expert, jnp.int32).reshape(1),
-        *shared,
+        *operands(*(shared or no_experts(gate_up))),
         norm_min=float(norm_min),
         epsilon=float(epsilon),
         residual=int(residual),

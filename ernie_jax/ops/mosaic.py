@@ -1,4 +1,5 @@
-"""The "mosaic" backend of the grouped expert MLP: a few to many tokens on Hopper GPUs, pairs sorted by expert."""
+"""The "mosaic" backends, for Hopper GPUs: the grouped expert MLP of a few to many tokens, pairs sorted by expert, and
+products of some tokens with quantised weights."""
 
 from __future__ import annotations
 
@@ -9,7 +10,13 @@ import jax.numpy as jnp
 
 from ernie_jax import kernels
 from ernie_jax.errors import UserError
+from ernie_jax.ops.quantized import Quantized, form_of
+from ernie_jax.ops.stream import operand_problem
 
+_ALIGNMENT = 8  # rows, at a multiple of which an expert's rows begin, for the kernels
+_DEPTH = 128  # bytes of each row of weights that are loaded together
+_SHARED_MEMORY = 224 << 10  # of a CUDA block, without its barriers
+MOST = 512  # tokens of a product: of more it pays to make bfloat16 of a weight first, or fp8 of the tokens
 MOST_ALONG = 512  # tokens that also go through the shared experts here, which would be copied for it
 
 
@@ -36,10 +43,39 @@ TILES = {
 }
 
 
+class QuantizedTiles(NamedTuple):
+    """How our kernel cuts up a product of quantised weights; see `quantized_kernel.Tiling`."""
+
+    block: int
+    depth: int
+    steps: int
+    band: int
+    halves: int = 2
+    splits: int = 1
+
+
+# From so many pairs on, for one and for two weights in a byte. Tokens are the short side of a tile here, as many as
+# most experts have; the loads in flight are what shared memory holds. By reckoning: not measured yet.
+QUANTIZED_TILES = {
+    1: {
+        0: QuantizedTiles(16, 128, 5, 12),
+        512: QuantizedTiles(32, 128, 5, 12),
+        2048: QuantizedTiles(64, 128, 4, 12),
+        6144: QuantizedTiles(128, 128, 3, 12),
+    },
+    2: {
+        0: QuantizedTiles(16, 128, 5, 12),
+        512: QuantizedTiles(32, 128, 4, 12),
+        2048: QuantizedTiles(64, 128, 3, 12),
+        6144: QuantizedTiles(128, 64, 4, 12),
+    },
+}
+
+
 def mosaic_problem(width: int, inner: int, dtype: jnp.dtype) -> str | None:
     """Say what the backend does not take of D, F and the weights' dtype, or of the GPU, if anything."""
-    if dtype != jnp.bfloat16:
-        return f"takes bfloat16, not {jnp.dtype(dtype).name}"
+    if dtype != jnp.bfloat16 and not form_of(dtype):
+        return f"takes bfloat16 and quantised weights, not {jnp.dtype(dtype).name}"
     for name, size in (("width", width), ("inner width", inner)):
         if size % 256 or not size:
             return f"takes multiples of 256, not an {name} of {size}"
@@ -57,49 +93,136 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     Args:
       shared: (gate_up [2, n F, D], down [D, n F]) of an MLP that all tokens go through, added unscaled: n experts more.
       live: how many tokens are no padding; None: all.
-      tiles: an entry of TILES; None chooses.
+      tiles: an entry of TILES, of quantised weights of QUANTIZED_TILES; None chooses.
 
     Raises:
       UserError: if the sizes, the dtype or the GPU are not what it takes.
     """
-    # Mosaic GPU, for Hopper GPUs only
-    from ernie_jax.ops.mosaic_kernel import ALIGNMENT, INNER, Tiling, grouped_product
-
     tokens, k = chosen.shape
     experts, _, inner, width = gate_up.shape
-    if problem := mosaic_problem(width, inner, gate_up.dtype):
+    problem = mosaic_problem(width, inner, gate_up.dtype) or operand_problem(x, gate_up, down, *(shared or ()))
+    if problem:
         raise UserError(f"expert backend mosaic {problem}; use expert backend blocks")
     more = 0 if shared is None else shared[1].shape[1] // inner
     pairs = tokens * (k + more)
-    tiles = tiles or TILES[max(least for least in TILES if least <= pairs)]
+    eight = multiplies_fp8(tokens, gate_up.dtype)
+    if eight and shared is not None:
+        raise UserError(f"expert backend mosaic takes no shared experts along with {tokens} tokens of fp8")
+    x_sorted, factors = to_fp8(x) if eight else (x, jnp.zeros(0, jnp.float32))
+    tiles = tiles or choose_tiles(pairs, jnp.bfloat16 if eight else gate_up.dtype)
     block = tiles[0].block
     blocks = min(pairs, pairs // block + experts + more)  # at most, all pairs local
-    rows = pairs + min(pairs, experts + more) * (ALIGNMENT - 1)
-    rows = -(-rows // ALIGNMENT) * ALIGNMENT + block  # the last block reads so far
+    rows = pairs + min(pairs, experts + more) * (_ALIGNMENT - 1)
+    rows = -(-rows // _ALIGNMENT) * _ALIGNMENT + block  # the last block reads so far
     counts = -(-tokens * k // 3072) * experts  # by chunks, as in pairs.cu
     here = jnp.stack([jnp.asarray(first_expert, jnp.int32), jnp.asarray(tokens if live is None else live, jnp.int32)])
     sizes = {"experts": experts, "shared": more}
-    gathered, which, count, place, _ = kernels.call(
+    gathered, row_factors, which, count, place, _ = kernels.call(
         "ernie_sort_pairs",
         [
-            jax.ShapeDtypeStruct((rows, width), x.dtype),
+            jax.ShapeDtypeStruct((rows, width), x_sorted.dtype),
+            jax.ShapeDtypeStruct((rows if eight else 0,), jnp.float32),
             jax.ShapeDtypeStruct((blocks, 3), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
             jax.ShapeDtypeStruct((pairs,), jnp.int32),
             jax.ShapeDtypeStruct((counts,), jnp.int32),
         ],
-        x,
+        x_sorted,
+        factors,
         chosen,
         here,
         **sizes,
         most=block,
     )
     up_shared, down_shared = (None, None) if shared is None else (shared[0], shared[1][None])
-    up_tiling, down_tiling = (
-        Tiling(*tile)._replace(steps=min(tile.steps, contracted // INNER))
-        for tile, contracted in zip(tiles, (width, inner), strict=True)
-    )
-    hidden = grouped_product(gathered, gate_up, which, count, up_tiling, up_shared)
-    out = grouped_product(hidden, down[:, None], which, count, down_tiling, down_shared)
+
+    arrays = which, count
+    hidden = _multiply(gathered, gate_up, *arrays, tiles[0], up_shared, row_factors if eight else None)
+    hidden, row_factors = to_fp8(hidden) if eight else (hidden, None)
+    out = _multiply(hidden, down[:, None], *arrays, tiles[1], down_shared, row_factors)
     total = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return kernels.call("ernie_combine_pairs", total, out, place, chosen, here, weights.astype(x.dtype), **sizes)
+
+
+def choose_tiles(pairs: int, dtype: jnp.dtype) -> tuple[Tiles, Tiles] | tuple[QuantizedTiles, QuantizedTiles]:
+    """Return the tiles of gate and up and of down, by the pairs of a token and an expert and the weights' dtype."""
+    table = TILES
+    if form := form_of(dtype):
+        table = {least: (tiles, tiles) for least, tiles in QUANTIZED_TILES[2 if form == "int4" else 1].items()}
+    return table[max(least for least in table if least <= pairs)]
+
+
+def multiplies_fp8(tokens: int, dtype: jnp.dtype) -> bool:
+    """Tell whether tokens become fp8 as well, by a factor each, to meet weights of a dtype: where operations limit."""
+    return tokens > MOST and form_of(dtype) == "fp8"
+
+
+def to_fp8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Round rows [M, K] to fp8; returns them and a float32 factor [M] for each, the largest of it being 448."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=1)
+    factors = jnp.where(largest > 0, largest, 1) / 448
+    return (wide / factors[:, None]).astype(jnp.float8_e4m3fn), factors
+
+
+def product_problem(tokens: int, inner: int, outer: int, dtype: jnp.dtype) -> str | None:
+    """Say what `product` does not take of [T, K] x [N, K] and the weights' dtype, or of the GPU, if anything."""
+    if not form_of(dtype):
+        return f"takes quantised weights, not {jnp.dtype(dtype).name}"
+    if tokens > MOST and not multiplies_fp8(tokens, dtype):
+        return f"takes up to {MOST} tokens with {form_of(dtype)} weights, not {tokens}"
+    columns = 128 if tokens <= MOST else 256
+    if inner % 256 or outer % columns:
+        return f"takes multiples of 256 inputs and of {columns} outputs, not {inner} and {outer}"
+    if kernels.capability() != "9.0":
+        return f"is for GPUs of compute capability 9.0, not {kernels.capability()}"
+    return None
+
+
+def product(x: jax.Array, weight: Quantized) -> jax.Array:
+    """Return x [T, K] times weight [N, K], transposed: [T, N] in bfloat16 or float32; all rows are one expert's.
+
+    Raises:
+      UserError: if the sizes, the dtypes or the GPU are not what it takes.
+    """
+    tokens, inner = x.shape
+    problem = product_problem(tokens, inner, len(weight), weight.dtype) or operand_problem(x, weight)
+    if problem:
+        raise UserError(f"linear backend mosaic {problem}; use linear backend xla")
+    eight, weight = multiplies_fp8(tokens, weight.dtype), weight[None, None]
+    tiles = TILES[4096][1] if eight else choose_tiling(tokens, weight)
+    blocks = [(0, at, min(tiles.block, tokens - at)) for at in range(0, tokens, tiles.block)]
+    rows = jnp.pad(x, ((0, -tokens % tiles.block), (0, 0)))
+    rows, factors = to_fp8(rows) if eight else (rows, None)
+    arrays = jnp.asarray(blocks, jnp.int32), jnp.asarray([len(blocks)], jnp.int32)
+    out = _multiply(rows, weight, *arrays, tiles, factors=factors)
+    return (out if out.ndim == 2 else out.sum(0))[:tokens]
+
+
+def _multiply(rows, weight, blocks, live, tiles, shared=None, factors=None):
+    """Call the kernel that takes these operands; `factors` are those of fp8 rows."""
+    # Mosaic GPU, for Hopper GPUs only
+    from ernie_jax.ops import mosaic_kernel, quantized_kernel
+
+    if isinstance(weight, Quantized) and factors is None:
+        turns = weight.values.shape[-1] // tiles.depth
+        tiling = quantized_kernel.Tiling(*tiles)._replace(steps=min(tiles.steps, turns))
+        return quantized_kernel.grouped_product(rows, weight, blocks, live, tiling, shared)
+    turns = rows.shape[1] // mosaic_kernel.contracted(rows.dtype)
+    tiling = mosaic_kernel.Tiling(*tiles)._replace(steps=min(tiles.steps, turns))
+    if factors is None:
+        return mosaic_kernel.grouped_product(rows, weight, blocks, live, tiling, shared)
+    scales = factors, weight.scales
+    return mosaic_kernel.grouped_product(rows, weight.values, blocks, live, tiling, scales=scales)
+
+
+def choose_tiling(tokens: int, weight: Quantized) -> QuantizedTiles:
+    """Return how to cut up a product with a weight [1, 1, N, K]: into about as many tiles as multiprocessors."""
+    *_, outputs, stored = weight.values.shape
+    block = next(size for size in (16, 32, 64) if size >= min(tokens, 64))
+    halves = 2 if outputs % 256 == 0 and outputs >= 96 * 256 else 1
+    tiles, turns = outputs // (128 * halves) * -(-tokens // block), stored // _DEPTH
+    splits = max(part for part in range(1, turns + 1) if turns % part == 0 and (part == 1 or tiles * part <= 132))
+    step = _DEPTH * (128 * halves + block * 2 * weight.shape[-1] // stored)  # bytes
+    left = _SHARED_MEMORY - 4 * block * 64 * (2 if splits == 1 else 4)
+    return QuantizedTiles(block, _DEPTH, min(turns // splits, left // step, 6), 12, halves, splits)

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _SMS = 132  # of an H100 or H200; right with any number, fastest with the real one
-INNER = 64  # contracted at a time: 128 bytes, the widest swizzle
+_BYTES = 128  # of a row that are contracted at a time: the widest swizzle
 _EPILOGUE = 64  # rows and columns that leave a warpgroup at a time
 _LOADED_ROWS = (16, 32, 64)  # at a time, of a block that has no more
 ALIGNMENT = 8  # rows, at a multiple of which an expert's rows begin: those of a tile in shared memory
@@ -49,6 +49,7 @@ def grouped_product(
     live: jax.Array,  # [1] int32
     tiling: Tiling,
     shared: jax.Array | None = None,
+    scales: tuple[jax.Array, jax.Array] | None = None,  # [M], [E, 1 or 2, N] float32
     interpret=None,
 ) -> jax.Array:
     """Multiply each block of rows by its expert's weight, transposed; with two weights return silu(first) * second.
@@ -58,10 +59,11 @@ def grouped_product(
         `tiling.block`. That many rows can be read from the first one on.
       live: how many blocks there are; rows of no block come back undefined.
       shared: the weights of further experts E, E + 1, ... side by side: [1 or 2, n N, K] or [1 or 2, N, n K].
+      scales: of rows and weights that are both fp8, what sums are multiplied by; then none are shared.
       interpret: parameters of Pallas' interpreter for tests.
 
     Returns:
-      [M, N] in the dtype of `rows`; sums and silu are float32.
+      [M, N] in the dtype of `rows`, of fp8 rows bfloat16; sums and silu are float32.
 
     Raises:
       ValueError: if the sizes are no multiples of the tiles.
@@ -69,11 +71,12 @@ def grouped_product(
     (count, inner), (experts, gates, outputs, _) = rows.shape, weight.shape
     width = tiling.columns // gates  # of the output, per warpgroup
     across = 2 if tiling.split == "columns" else 1  # warpgroups side by side
-    block = tiling.block
-    if outputs % (width * across) or width % _EPILOGUE or inner % INNER or inner // INNER < tiling.steps:
+    block, step_inner = tiling.block, contracted(rows.dtype)
+    dtype = rows.dtype if scales is None else jnp.bfloat16
+    if outputs % (width * across) or width % _EPILOGUE or inner % step_inner or inner // step_inner < tiling.steps:
         raise ValueError(f"{tiling} does not divide rows {rows.shape} and weights {weight.shape}")
     sizes = [0, *(size for size in _LOADED_ROWS if size < block), block]
-    column_tiles, turns = outputs // (width * across), inner // INNER
+    column_tiles, turns = outputs // (width * across), inner // step_inner
     beside = (outputs, 0) if shared is None or shared.shape[2] == inner else (0, inner)  # from one expert to the next
 
     def tile_of(index, live):
@@ -103,12 +106,12 @@ def grouped_product(
                     target = b.at[slot, pl.ds(part * width, width)]
 
                     def load_chosen():
-                        window = pl.ds(first, width), pl.ds(turn * INNER, INNER)
+                        window = pl.ds(first, width), pl.ds(turn * step_inner, step_inner)
                         plgpu.copy_gmem_to_smem(weight_ref.at[chosen, part % gates, *window], target, full.at[slot])
 
                     def load_shared():
                         down, right = ((chosen - experts) * size for size in beside)
-                        window = pl.ds(down + first, width), pl.ds(right + turn * INNER, INNER)
+                        window = pl.ds(down + first, width), pl.ds(right + turn * step_inner, step_inner)
                         plgpu.copy_gmem_to_smem(shared_ref.at[part % gates, *window], target, full.at[slot])
 
                     if shared is None:
@@ -121,7 +124,7 @@ def grouped_product(
                     load_weights(part)
 
                 def load_rows(size):
-                    source = rows_ref.at[pl.ds(first_row, size), pl.ds(turn * INNER, INNER)]
+                    source = rows_ref.at[pl.ds(first_row, size), pl.ds(turn * step_inner, step_inner)]
                     plgpu.copy_gmem_to_smem(source, a.at[slot, pl.ds(0, size)], full.at[slot])
 
                 # Whole blocks of few rows would read as much from the second-level cache as the weights are.
@@ -134,11 +137,20 @@ def grouped_product(
         def _(step):
             plgpu.barrier_wait(free.at[lax.rem(step, tiling.steps)])  # no barrier is left half used
 
-    def multiply(blocks_ref, out_ref, live, a, b, out, full, free):
+    def multiply(blocks_ref, scales_refs, out_ref, live, a, b, out, full, free):
         group = lax.axis_index("wg")
         plgpu.set_max_registers(232, action="increase")
         down = group if tiling.split == "rows" else 0
         right = group if tiling.split == "columns" else 0
+
+        def scaled(part, gate, row_tile, column):
+            """Multiply a gate's or an up's sums by the scales of its rows and weights."""
+            of_rows = scales_refs[0].at[pl.ds(blocks_ref[row_tile, 1] + down * tiling.rows, tiling.rows)]
+            of_weights = scales_refs[1].at[blocks_ref[row_tile, 0], gate, pl.ds(column, width)]
+            for axis, ref in enumerate((of_rows, of_weights)):
+                factor = plgpu.layout_cast(plgpu.load(ref, optimized=False), plgpu.Layout.WGMMA.reduce(1 - axis))
+                part *= lax.broadcast_in_dim(factor, part.shape, [axis])
+            return part
 
         @plgpu.nd_loop((live * column_tiles,), collective_axes="sm")
         def _(info):
@@ -164,10 +176,14 @@ def grouped_product(
                 return total[...]
 
             y = pl.run_scoped(accumulate, plgpu.ACC((tiling.rows, tiling.columns)))
+            parts = [y[:, gate * width : (gate + 1) * width] for gate in range(gates)]
+            if scales is not None:
+                column = (column_tile * across + right) * width
+                parts = [scaled(part, gate, row_tile, column) for gate, part in enumerate(parts)]
+            y = parts[0]
             if gates == 2:
-                gate = y[:, :width]
-                y = gate / (1 + jnp.exp(-gate)) * y[:, width:]
-            y = y.astype(out_ref.dtype)
+                y = y / (1 + jnp.exp(-y)) * parts[1]
+            y = y.astype(dtype)
             first_row, rows_here = pl.multiple_of(blocks_ref[row_tile, 1], ALIGNMENT), blocks_ref[row_tile, 2]
             pieces = tiling.rows // _EPILOGUE * (width // _EPILOGUE)
             for piece in range(pieces):
@@ -199,14 +215,19 @@ def grouped_product(
         plgpu.wait_smem_to_gmem(0)
 
     def body(blocks_ref, live_ref, rows_ref, weight_ref, *more):
-        shared_ref, out_ref = (None, *more)[-2:]
-        swizzled = plgpu.TilingTransform((8, INNER)), plgpu.SwizzleTransform(128)
+        *more, out_ref = more
+        shared_ref, scales_refs = (None, more) if scales is not None else (more[0] if more else None, None)
+
+        def swizzled(size):
+            return plgpu.TilingTransform((8, size)), plgpu.SwizzleTransform(_BYTES)
+
+        loaded = swizzled(step_inner)
 
         @functools.partial(
             pl.run_scoped,
-            a=plgpu.SMEM((tiling.steps, block, INNER), rows.dtype, transforms=swizzled),
-            b=plgpu.SMEM((tiling.steps, across * tiling.columns, INNER), rows.dtype, transforms=swizzled),
-            out=plgpu.SMEM((2, 2, _EPILOGUE, _EPILOGUE), rows.dtype, transforms=swizzled),
+            a=plgpu.SMEM((tiling.steps, block, step_inner), rows.dtype, transforms=loaded),
+            b=plgpu.SMEM((tiling.steps, across * tiling.columns, step_inner), rows.dtype, transforms=loaded),
+            out=plgpu.SMEM((2, 2, _EPILOGUE, _EPILOGUE), dtype, transforms=swizzled(_EPILOGUE)),
             full=plgpu.Barrier(num_arrivals=1 + across * gates, num_barriers=tiling.steps),
             free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.steps),
             collective_axes="wg",
@@ -216,11 +237,13 @@ def grouped_product(
             loads = lax.axis_index("wg") == 2
             refs = blocks_ref, rows_ref, weight_ref, shared_ref
             pl.when(loads)(lambda: load(refs, live, a, b, full, free))
-            pl.when(jnp.logical_not(loads))(lambda: multiply(blocks_ref, out_ref, live, a, b, out, full, free))
+            pl.when(jnp.logical_not(loads))(
+                lambda: multiply(blocks_ref, scales_refs, out_ref, live, a, b, out, full, free)
+            )
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((count, outputs), rows.dtype),
+        out_type=jax.ShapeDtypeStruct((count, outputs), dtype),
         grid=(_SMS,),
         grid_names=("sm",),
         num_threads=3,
@@ -228,4 +251,9 @@ def grouped_product(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    return kernel(blocks, live, rows, weight, *([] if shared is None else [shared]))
+    return kernel(blocks, live, rows, weight, *([] if shared is None else [shared]), *(scales or ()))
+
+
+def contracted(dtype: jnp.dtype) -> int:
+    """Return how many inputs of a dtype are contracted at a time."""
+    return _BYTES // jnp.dtype(dtype).itemsize

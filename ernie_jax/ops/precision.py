@@ -7,11 +7,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ernie_jax.ops import stream
+from ernie_jax.errors import UserError
+from ernie_jax.ops import mosaic, stream
 from ernie_jax.ops.adapted import Adapted
 from ernie_jax.ops.int4 import int4_einsum
 from ernie_jax.ops.quantized import INT4, Quantized, check_takes_quantized
-from ernie_jax.ops.stream import linear_problem
+from ernie_jax.ops.stream import linear_problem, operand_problem
 
 _MANY = 1024  # tokens whose products fill a GPU with tiles, so that no library splits the contracted axis
 
@@ -65,9 +66,19 @@ def linear(
     return LINEAR_BACKENDS[backend](subscripts, x, weight, bias)
 
 
-def default_linear_backend(platform: str, tokens: int, inner: int, outer: int, dtype: jnp.dtype) -> str:
-    """Choose a backend: on GPUs our kernel, where it takes the product [T, K] x [N, K]."""
-    return "cuda" if platform == "gpu" and linear_problem(tokens, inner, outer, dtype) is None else "xla"
+def default_linear_backend(platform: str, x: jax.Array, weight: jax.Array | Quantized, inner: int) -> str:
+    """Choose a backend: on GPUs a kernel of ours, where one takes the product.
+
+    Args:
+      inner: K, the product of the contracted axes.
+    """
+    if platform == "gpu" and operand_problem(x, weight) is None:
+        shape = x.size // inner, inner, weight.size // inner, weight.dtype
+        if linear_problem(*shape) is None:
+            return "cuda"
+        if mosaic.product_problem(*shape) is None:
+            return "mosaic"
+    return "xla"
 
 
 def _xla(subscripts, x, weight, bias):
@@ -90,6 +101,13 @@ def _cuda(subscripts, x, weight, bias):
     return out if bias is None else out + bias
 
 
+def _mosaic(subscripts, x, weight, bias):
+    if not isinstance(weight, Quantized):
+        raise UserError("linear backend mosaic is for quantised weights; use linear backend xla")
+    out = _product(subscripts, x, weight, mosaic.product)
+    return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 def _product(subscripts, x, weight, product):
     """Call product([T, K], [N, K]): XLA may order several contracted axes anew, and then copies the whole weight."""
     inputs, outputs = subscripts.split("->")
@@ -100,7 +118,7 @@ def _product(subscripts, x, weight, product):
     return out.reshape(*x.shape[:-contracted], *weight.shape[:-contracted])
 
 
-LINEAR_BACKENDS = {"xla": _xla, "cuda": _cuda}
+LINEAR_BACKENDS = {"xla": _xla, "cuda": _cuda, "mosaic": _mosaic}
 
 
 def swiglu(gate_up: jax.Array, axis: int) -> jax.Array:

@@ -28,7 +28,7 @@ _TRIALS = {
     INT4: np.linspace(1.05, 0.65, 12) / -8,
 }
 _BLOCK_BYTES = 1 << 18  # of float32 weights: what stays in a core's cache through all trials
-_BACKENDS = {"linear": ("xla",), "expert": ("dense", "gather", "blocks", "batched"), "halves": ("none",)}
+_BACKENDS = {"linear": ("xla", "cuda", "mosaic"), "expert": ("dense", "gather", "blocks", "batched", "cuda", "mosaic")}
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +156,7 @@ def check_takes_quantized(op: str, backend: str | None, form: str) -> None:
     """Check that a backend computes with quantised weights.
 
     Args:
-      op: linear, expert or halves.
+      op: linear or expert.
       backend: None, the choice by platform and shape, does.
 
     Raises:

@@ -260,17 +260,20 @@ void* shared_of(const void* pointer, unsigned rank) {
   return (place.dynamic ? dynamic_shared(rank) : parked_base() + rank * parked_pitch()) + place.at;
 }
 
-void copy_async(void* to, const void* from, Site site) {
+void copy_async(void* to, const void* from, size_t bytes, Site site) {
   const void* pc = __builtin_return_address(0);
   Place place;
   if (!find_shared(to, place) || place.rank != current->rank) fail("copy_async to what is not its shared memory", pc);
-  if (uintptr_t(to) % 16 || uintptr_t(from) % 16) fail("copy_async of 16 bytes that are not aligned to 16", pc);
-  access(from, 16, Access::read, pc);
-  access(to, 16, Access::write, pc);
-  for (size_t i = 0; i < 16; ++i) place.seen()[i].under_way = true;
-  std::memset(to, kPoison, 16);
-  Copy copy = {to, from, {}, current->committed, site};
-  std::memcpy(copy.data, from, 16);
+  if (uintptr_t(to) % bytes || uintptr_t(from) % bytes) {
+    const std::string size = std::to_string(bytes);
+    fail("copy_async of " + size + " bytes that are not aligned to " + size, pc);
+  }
+  access(from, bytes, Access::read, pc);
+  access(to, bytes, Access::write, pc);
+  for (size_t i = 0; i < bytes; ++i) place.seen()[i].under_way = true;
+  std::memset(to, kPoison, bytes);
+  Copy copy = {to, from, {}, bytes, current->committed, site};
+  std::memcpy(copy.data, from, bytes);
   current->copies.push_back(copy);
 }
 
@@ -282,12 +285,12 @@ void wait_for_copies(unsigned but) {
   size_t done = 0;
   for (; done < copies.size() && copies[done].group + but < current->committed; ++done) {
     const Copy& copy = copies[done];
-    if (std::memcmp(copy.data, copy.from, 16))
+    if (std::memcmp(copy.data, copy.from, copy.bytes))
       fail("the source of a copy has changed before wait_for_copies, " + emulator::name_of(copy.site));
-    std::memcpy(copy.to, copy.data, 16);
+    std::memcpy(copy.to, copy.data, copy.bytes);
     Place place;
     find_shared(copy.to, place);
-    for (size_t i = 0; i < 16; ++i) {
+    for (size_t i = 0; i < copy.bytes; ++i) {
       Seen& seen = place.seen()[i];
       seen.written = now, seen.writer = me(), seen.under_way = false;
     }

@@ -20,6 +20,7 @@ struct Copy {
   void* to;
   const void* from;
   unsigned char data[16];  // of the source when the copy was asked for
+  size_t bytes;
   unsigned group;
   Site site;
 };

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from ernie_jax.config import ModelConfig
+from ernie_jax.config import QUANTIZED_FORMS, ModelConfig
 from ernie_jax.sharding import single
 from tests.kernels.whole_model import Case, check, compare, models
 
@@ -35,3 +35,11 @@ def pair():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ours_is_as_near_to_float32_as_xlas(case, pair, rng):
     print(check(compare(CONFIG, case, rng, pair)))
+
+
+@pytest.mark.parametrize("form", QUANTIZED_FORMS)
+def test_quantised_weights(form, rng):
+    config = dataclasses.replace(CONFIG, quantize=form)
+    pair = models(config, single())
+    for case in (CASES[0], CASES[2], CASES[4], CASES[6]):
+        print(check(compare(config, case, rng, pair)))

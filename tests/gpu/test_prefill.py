@@ -7,10 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ernie_jax.config import QUANTIZED_FORMS
 from ernie_jax.kernels import capability
 from ernie_jax.ops import grouped_mlp
 from ernie_jax.ops.prefill_attention import prefill
-from tests.kernels.cases import BOUND, check_prefill, distance, experts_reference
+from tests.kernels.cases import (
+    BOUND,
+    check_experts,
+    check_linear,
+    check_prefill,
+    check_shared_experts,
+    distance,
+    experts_reference,
+)
 
 pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
@@ -41,6 +50,21 @@ def test_experts(tokens, routing, rng):
     assert distance(run(x, chosen, weights, gate_up, down), expected) < BOUND
     shards = [run(x, chosen, weights, gate_up[a : a + 4], down[a : a + 4], first_expert=a) for a in (0, 4)]
     assert distance(sum(np.asarray(shard, np.float64) for shard in shards), expected) < BOUND
+
+
+@pytest.mark.parametrize("tokens", [2, 60, 200, 700, 3000])
+@pytest.mark.parametrize("form", QUANTIZED_FORMS)
+def test_quantized_experts(form, tokens, rng):
+    check_experts(rng, tokens, 3, 8, 512, 768, form=form, backend="mosaic")
+    if tokens <= 512:
+        check_shared_experts(rng, tokens, 3, 8, 768, 512, form, "mosaic")
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(2560, 3584), (2560, 24576), (12288, 2560), (256, 128)])
+@pytest.mark.parametrize("tokens", [17, 64, 300])
+@pytest.mark.parametrize("form", QUANTIZED_FORMS)
+def test_quantized_product(form, tokens, inner, outer, rng):
+    check_linear(rng, tokens, inner, outer, form, "mosaic")
 
 
 # (cached before, new tokens) of each sequence, and padding tokens.

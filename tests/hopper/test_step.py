@@ -61,9 +61,11 @@ def built():
         pytest.skip(str(error))
 
 
-def compile_step(sharding, gpus, kind, tokens, compiler_options=None, kv_dtype=None, **backends):
+def compile_step(
+    sharding, gpus, kind, tokens, compiler_options=None, layers=LAYERS, quantize=None, kv_dtype=None, **backends
+):
     config = ModelConfig.from_file("configs/ernie-4.5-21b-a3b.json")
-    config = dataclasses.replace(config, num_hidden_layers=LAYERS, num_nextn_predict_layers=0)
+    config = dataclasses.replace(config, num_hidden_layers=layers, num_nextn_predict_layers=0, quantize=quantize)
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{gpus}", target_config=H100)
     layout = make_layout(config, topology.devices, preset=sharding)
     if kind == "mixed":
@@ -204,3 +206,28 @@ def test_a_decode_step_is_our_kernels(tokens):
     halves = compiled.as_text().count('custom_call_target="ernie_attention_half"')
     assert halves == (LAYERS if tokens <= 16 else 0)
     assert len(launched) <= 15 * LAYERS + 10
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "tokens"),
+    [
+        ("fp8", "decode", 1),
+        ("int8", "decode", 16),
+        ("int4", "decode", 64),
+        ("int8", "decode", 128),
+        ("int4", "prefill", 2048),
+    ],
+)
+def test_quantised_weights_are_read_as_they_lie(form, kind, tokens):
+    *_, compiled = compile_step("single", 1, kind, tokens, layers=2, quantize=form)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    print(f"temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB")
+    found = collections.Counter(re.findall(r'custom_call_target="(\w+)"', text))
+    assert found["ernie_attention_half"] == (2 if tokens <= 16 else 0)
+    if tokens == 1:
+        assert found["ernie_experts_half"] == 1 and not found["mosaic_gpu_v2"]
+    else:  # the experts'; of many tokens the attention's; and products that neither "cuda" nor XLA does
+        assert found["mosaic_gpu_v2"] == 2 + (2 if kind == "prefill" else 6 if tokens > 16 else 0)
+    if kind == "decode":  # no weight is made bfloat16 in memory: the smallest would be 13 MB
+        assert memory.temp_size_in_bytes < 13e6
+        check_no_large_copies(text)

@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ernie_jax.ops import RaggedBatch, grouped_mlp, linear, norm_route, paged_attention, rms_norm, route
+from ernie_jax.ops import (
+    RaggedBatch,
+    dequantize,
+    grouped_mlp,
+    linear,
+    norm_route,
+    paged_attention,
+    quantize,
+    rms_norm,
+    route,
+)
 from ernie_jax.ops.pages import ScaledPages
 from tests.ops.test_attention import stored, worth
 
@@ -29,11 +39,20 @@ def normal(rng, *shape, scale=1.0) -> jax.Array:
 # Products and experts.
 
 
-def check_linear(rng, tokens, inner, outer):
+def rounded(weight, form=None):
+    """Return a weight [*out, in] in a form, or as it is, and what that stands for in float64."""
+    if form is None:
+        return weight, np.asarray(weight, np.float64)
+    weight = quantize(np.asarray(weight, np.float32), weight.ndim - 1, form)
+    return jax.tree.map(jnp.asarray, weight), np.asarray(dequantize(weight), np.float64)
+
+
+def check_linear(rng, tokens, inner, outer, form=None, backend="cuda"):
     """Hold x weight^T to float64."""
-    x, weight = normal(rng, tokens, inner), normal(rng, outer, inner, scale=inner**-0.5)
-    out = jax.jit(functools.partial(linear, "td,od->to", backend="cuda"))(x, weight)
-    assert distance(out, np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T) < BOUND
+    x = normal(rng, tokens, inner)
+    weight, wide = rounded(normal(rng, outer, inner, scale=inner**-0.5), form)
+    out = jax.jit(functools.partial(linear, "td,od->to", backend=backend))(x, weight)
+    assert distance(out, np.asarray(x, np.float64) @ wide.T) < BOUND
 
 
 def experts_reference(x, chosen, weights, gate_up, down, first=0) -> np.ndarray:
@@ -64,23 +83,26 @@ def draw_experts(rng, tokens, k, experts, inner, width, skew=False):
 _grouped_mlp = jax.jit(grouped_mlp, static_argnums=5)
 
 
-def check_experts(rng, tokens, k, experts, inner, width, skew=False):
+def check_experts(rng, tokens, k, experts, inner, width, skew=False, form=None, backend="cuda"):
     """Hold the experts' sum to float64."""
-    inputs = draw_experts(rng, tokens, k, experts, inner, width, skew)
-    assert distance(_grouped_mlp(*inputs, "cuda"), experts_reference(*inputs)) < BOUND
+    *inputs, gate_up, down = draw_experts(rng, tokens, k, experts, inner, width, skew)
+    weights, wide = zip(rounded(gate_up, form), rounded(down, form), strict=True)
+    assert distance(_grouped_mlp(*inputs, *weights, backend), experts_reference(*inputs, *wide)) < BOUND
 
 
-def check_shared_experts(rng, tokens, k, experts, inner, width):
+def check_shared_experts(rng, tokens, k, experts, inner, width, form=None, backend="cuda"):
     """Hold the experts' sum with that of shared ones, twice as wide, to float64."""
-    inputs = draw_experts(rng, tokens, k, experts, inner, width)
+    *inputs, gate_up, down = draw_experts(rng, tokens, k, experts, inner, width)
     shared = (
         normal(rng, 2, 2 * inner, width, scale=width**-0.5),
         normal(rng, width, 2 * inner, scale=(2 * inner) ** -0.5),
     )
-    out = _grouped_mlp(*inputs, "cuda", 0, shared)
+    pairs = (rounded(weight, form) for weight in (gate_up, down, *shared))
+    (gate_up, down, *shared), wide = zip(*pairs, strict=True)
+    out = _grouped_mlp(*inputs, gate_up, down, backend, 0, tuple(shared))
     ones = jnp.zeros((tokens, 1), jnp.int32), np.ones((tokens, 1))
-    everyone = experts_reference(inputs[0], *ones, shared[0][None], shared[1][None])
-    assert distance(out, experts_reference(*inputs) + everyone) < BOUND
+    everyone = experts_reference(inputs[0], *ones, wide[2][None], wide[3][None])
+    assert distance(out, experts_reference(*inputs, *wide[:2]) + everyone) < BOUND
 
 
 def check_shards(rng, tokens, k, experts, inner, width):

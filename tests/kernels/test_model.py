@@ -1,5 +1,6 @@
 """Decode steps of a whole small model through our GPU kernels, emulated, beside XLA's, both against float32."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -40,6 +41,10 @@ CASES = [
 ]
 
 
+# Every expert is chosen, so that no near-tie of the router falls either way.
+QUANTIZED = dataclasses.replace(CONFIG, hidden_size=512, moe_intermediate_size=512, moe_num_experts=6)
+
+
 @pytest.fixture(scope="module")
 def pair():
     return models(CONFIG, single())
@@ -52,3 +57,11 @@ def test_ours_is_as_near_to_float32_as_xlas(case, backends, pair, rng, monkeypat
     monkeypatch.setattr(mosaic_kernel, "grouped_product", run)
     with emulator.emulated():
         print(check(compare(CONFIG, case, rng, pair, **OURS, **backends)))
+
+
+@pytest.mark.parametrize("form", ["fp8", "int4"])
+def test_a_token_of_a_quantised_model(form, rng):
+    """All weights by our kernels, most of them in halves of layers."""
+    case, backends = CASES[0]
+    with emulator.emulated():
+        print(check(compare(dataclasses.replace(QUANTIZED, quantize=form), case, rng, **OURS, **backends)))

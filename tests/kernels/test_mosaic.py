@@ -2,16 +2,18 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ernie_jax.errors import UserError
-from ernie_jax.ops import grouped_mlp, mosaic_kernel
+from ernie_jax.ops import grouped_mlp, linear, mosaic, mosaic_kernel, quantized_kernel
 from ernie_jax.ops.mosaic import TILES, Tiles, by_mosaic
 from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
 from tests import emulator
+from tests.kernels.cases import check_linear, rounded
 
 pytestmark = pytest.mark.skipif(emulator.problem() is not None, reason=str(emulator.problem()))
 
@@ -29,6 +31,25 @@ def interpreted(monkeypatch):
     parameters = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=256)
     run = functools.partial(grouped_product, interpret=parameters)
     monkeypatch.setattr(mosaic_kernel, "grouped_product", run)
+    monkeypatch.setattr(quantized_kernel, "_SMS", 4)
+    run = functools.partial(quantized_kernel.grouped_product, interpret=parameters)
+    monkeypatch.setattr(quantized_kernel, "grouped_product", run)
+    monkeypatch.setattr(quantized_kernel, "add_products", add_products)
+    monkeypatch.setattr(quantized_kernel, "nibbles", nibbles)
+
+
+def add_products(totals, weights, rows):
+    """Do what tensor cores do with operands from registers, of which the interpreter knows nothing."""
+    rows = rows[...].T
+    plgpu.commit_smem()  # the interpreter wants it before a copy overwrites what was read; a barrier does on GPUs
+    return tuple(
+        total + jnp.dot(part, rows, preferred_element_type=jnp.float32)
+        for total, part in zip(totals, weights, strict=True)
+    )
+
+
+def nibbles(stored):
+    return tuple(part.astype(jnp.bfloat16) - jnp.bfloat16(8) for part in (stored & 15, stored >> 4))
 
 
 def distance(out, expected):
@@ -178,3 +199,32 @@ def test_sizes_it_does_not_take(rng):
     x, chosen, weights, gate_up, down, _ = draw(rng, 2)
     with emulator.emulated(), pytest.raises(UserError, match="takes multiples of 256, not an inner width of 128"):
         grouped_mlp(x, chosen, weights, gate_up[:, :, :128], down[:, :, :128], "mosaic")
+
+
+@pytest.mark.parametrize(("form", "tokens", "along"), [("int8", 9, True), ("fp8", 40, False), ("int4", 70, True)])
+def test_quantized_experts(form, tokens, along, rng):
+    x, chosen, weights, *exact = draw(rng, tokens)
+    (gate_up, down, *shared), wide = zip(*(rounded(w, form) for w in (*exact[:2], *exact[2])), strict=True)
+    with emulator.emulated():
+        out = grouped_mlp(x, chosen, weights, gate_up, down, "mosaic", shared=shared if along else None)
+    expected = reference(x, chosen, weights, *wide[:2], shared=wide[2:] if along else None)
+    assert distance(out, expected) < BOUND
+
+
+@pytest.mark.parametrize(("form", "tokens"), [("int8", 20), ("int4", 70)])
+def test_quantized_product(form, tokens, rng):
+    with emulator.emulated():
+        check_linear(rng, tokens, 1024, 256, form, "mosaic")
+
+
+def test_fp8_tokens(rng, monkeypatch):
+    """Of many tokens both operands are fp8, which costs precision: that of random numbers in three bits of fraction."""
+    monkeypatch.setattr(mosaic, "MOST", 16)
+    x, chosen, weights, *exact = draw(rng, 40)
+    (gate_up, down), wide = zip(*(rounded(w, "fp8") for w in exact[:2]), strict=True)
+    with emulator.emulated():
+        out = np.asarray(grouped_mlp(x, chosen, weights, gate_up, down, "mosaic", live=jnp.int32(33)), np.float64)
+    assert 0.01 < distance(out[:33], reference(x, chosen, weights, *wide)[:33]) < 0.06
+    with emulator.emulated():
+        out = linear("td,od->to", x, jax.tree.map(lambda a: a[0, 0], gate_up), backend="mosaic")
+    assert 0.01 < distance(out, np.asarray(x, np.float64) @ wide[0][0, 0].T) < 0.04

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
+from ernie_jax.config import QUANTIZED_FORMS
 from ernie_jax.errors import UserError
 from ernie_jax.ops import grouped_mlp, takes_shared
 from tests.kernels import cases
@@ -37,6 +38,18 @@ def test_shared_experts_along(tokens, rng):
 @pytest.mark.parametrize("tokens", [1, 9, 40])
 def test_shards_and_padding(tokens, rng):
     cases.check_shards(rng, tokens, 6, 16, 256, 256)
+
+
+@pytest.mark.parametrize(("tokens", "outer"), [(1, 24), (16, 24), (3, 16384)])
+@pytest.mark.parametrize("form", QUANTIZED_FORMS)
+def test_quantized_linear(form, tokens, outer, rng):
+    cases.check_linear(rng, tokens, 1280 if outer == 24 else 256, outer, form)
+
+
+@pytest.mark.parametrize("form", QUANTIZED_FORMS)
+def test_quantized_experts_of_a_token(form, rng):
+    cases.check_experts(rng, 1, 3, 5, 512, 1024, form=form)
+    cases.check_shared_experts(rng, 1, 2, 3, 1024, 512, form)
 
 
 def test_a_width_of_shared_experts_that_is_no_multiple_of_256_is_refused():

@@ -13,6 +13,7 @@ from ernie_jax.config import ModelConfig
 from ernie_jax.engine.batching import Run, StepShape, bucket, build_step, pack
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.model import Ernie, initialize
+from ernie_jax.ops import Quantized, dequantize
 from ernie_jax.ops.pages import ScaledPages, quantize_heads, take
 from ernie_jax.sharding import Layout, single
 
@@ -32,11 +33,18 @@ class Case:
 
 
 def models(config: ModelConfig, layout: Layout) -> tuple[Ernie, Ernie]:
-    """Return a bfloat16 model with random weights and the same in float32."""
-    model, wide = Ernie(config, jnp.bfloat16), Ernie(config, jnp.float32)
+    """Return a bfloat16 model with random weights, quantised if the config says so, and the same in float32."""
+    model, wide = Ernie(config, jnp.bfloat16), Ernie(dataclasses.replace(config, quantize=None), jnp.float32)
     initialize(model, layout, seed=11)
-    state = nnx.state(model)
-    nnx.update(wide, jax.tree.map(lambda x: x.astype(jnp.float32), state))
+    found = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+    def widen(path):
+        scale = found.get((*path[:-1], "scale"))
+        weight = found[path]
+        return jnp.asarray(weight if scale is None else dequantize(Quantized(weight, scale)), jnp.float32)
+
+    state = nnx.to_flat_state(nnx.state(wide))
+    nnx.update(wide, nnx.from_flat_state((path, variable.replace(widen(path))) for path, variable in state))
     return model, wide
 
 

@@ -70,8 +70,8 @@ void wait_for_cluster(Site site);
 // Where `pointer` into this block's shared memory is in another block of the cluster.
 void* shared_of(const void* pointer, unsigned rank);
 
-// Asynchronous copies of 16 bytes: they happen when somebody waits for them, as late as can be.
-void copy_async(void* to, const void* from, Site site);
+// Asynchronous copies of up to 16 bytes: they happen when somebody waits for them, as late as can be.
+void copy_async(void* to, const void* from, size_t bytes, Site site);
 void commit_copies();
 void wait_for_copies(unsigned but);
 

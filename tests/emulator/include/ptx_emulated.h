@@ -23,8 +23,9 @@ inline T* dynamic_shared() {
   return reinterpret_cast<T*>(emulator::view->shared);
 }
 
+template <int BYTES = 16>
 __forceinline__ void copy_async(void* shared, const void* global, emulator::Site site = emulator::Site::here()) {
-  emulator::copy_async(shared, global, site);
+  emulator::copy_async(shared, global, BYTES, site);
 }
 
 inline void prefetch(const void*) {}
