@@ -102,7 +102,7 @@ def run(
                     pace.restart()
         saves.finish()
     _write_result(output, recipe, trainer, state)
-    return {name: math.exp(row[f"{name}_loss"]) for name in heldout}
+    return {name: math.exp(trainer.evaluate(state, held)) for name, held in heldout.items()}
 
 
 class _Saves:
