@@ -74,7 +74,7 @@ def test_killed_at_any_step_it_goes_on_bit_by_bit(started, tmp_path, rng):
 
 
 def test_on_another_mesh_it_goes_on_within_rounding(started, tmp_path, monkeypatch):
-    change = {"steps": 4, "save_every": 2, "log_every": 1, "batch_size": 8}
+    change = {"steps": 4, "save_every": 2, "log_every": 1}
     whole = dataclasses.replace(started, output=str(tmp_path / "whole"), **change)
     run(whole, progress=False)
     moved = dataclasses.replace(whole, output=str(tmp_path / "moved"))
