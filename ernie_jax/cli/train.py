@@ -10,7 +10,9 @@ from ernie_jax.cli.command import Command, require
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "the recipe, a TOML file of configs/", flag_values=values)
-    flags.DEFINE_multi_string("set", [], "name=value: override a recipe field", flag_values=values)
+    flags.DEFINE_multi_string(
+        "set", [], "name=value: override a recipe field, or one in a table: sources.chat.times=2", flag_values=values
+    )
     models.define_layout_flags(values, "one device")
 
 
@@ -26,11 +28,13 @@ def _train(values: flags.FlagValues) -> None:
 
 TRAIN = Command(
     "train",
-    "Train a model by a recipe. Saves as it goes; the same command resumes an interrupted run exactly where it saved.",
+    "Train a model, or adapters for one, by a recipe. Saves as it goes, and when SIGTERM or Ctrl-C ends it; the same "
+    "command resumes an interrupted run exactly where it saved. docs/training.md tells more.",
     (
         "main.py train --config=configs/train_embedded.toml",
         "main.py train --config=configs/train_embedded.toml --set=steps=100 --set=output=out/short",
-        "main.py train --config=configs/train_embedded.toml --sharding=fsdp",
+        "main.py train --config=configs/sft_lora_1gpu.toml --set=learning_rate=2e-4 --set=sources.chat.times=2",
+        "main.py train --config=configs/sft_full.toml --sharding=fsdp",
     ),
     _define,
     _train,

@@ -49,5 +49,6 @@ class Adapted:
         inner = "".join(label for label in weight if label not in output)
         outer = weight.removesuffix(inner)
         stack = outer[: self.down.ndim - 1 - len(inner)]
-        between = "".join(dict.fromkeys(label for label in x + stack if label not in inner)) + "Z"
+        # The stack first: XLA on CPUs multiplies bfloat16 with a float32 result in that order only.
+        between = "".join(dict.fromkeys(label for label in stack + x if label not in inner)) + "Z"
         return f"{x},{stack}Z{inner}->{between}", f"{between},{outer}Z->{output}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ernie_jax.ops.adapted import Adapted
 from ernie_jax.ops.blocks import sort_pairs, sum_of_blocks
-from ernie_jax.ops.precision import einsum, swiglu
+from ernie_jax.ops.precision import einsum, precision_of, swiglu
+from ernie_jax.ops.quantized import Quantized
 
 _ROOM = 1.25  # for each expert, of the pairs that it would have if all had as many
 _MULTIPLE = 8
@@ -32,11 +34,21 @@ def by_batches(x, chosen, weights, gate_up, down, first_expert, total=None):
     pair = jnp.full(experts * room, tokens * k).at[place.reshape(-1)].set(jnp.arange(tokens * k), mode="drop")
 
     rows = _spread(x, pair, place).reshape(experts, room, -1)
-    hidden = swiglu(einsum("ecd,exfd->ecxf", rows, gate_up), axis=2)
-    out = einsum("ecf,edf->ecd", hidden, down).reshape(experts * room, -1)
+    hidden = swiglu(_product("ecd,exfd->ecxf", rows, gate_up), axis=2)
+    out = _product("ecf,edf->ecd", hidden, down).reshape(experts * room, -1)
     most = _collect(out, weights, pair, place)
     left = jnp.where(fits.reshape(tokens, k), -1, chosen - first_expert)
     return (most + sum_of_blocks(x, left, weights, gate_up, down, 0)).astype(x.dtype)
+
+
+def _product(subscripts, x, y):
+    """Contract as `einsum` does, but let the product itself round its sums: of so many rows none is in parts."""
+    if isinstance(y, Adapted):
+        first, second = y.low_rank(subscripts)
+        return _product(subscripts, x, y.weight) + _product(second, _product(first, x, y.down), y.up)
+    if isinstance(y, Quantized):
+        return einsum(subscripts, x, y)
+    return jnp.einsum(subscripts, x, y, precision=precision_of(x, y), preferred_element_type=x.dtype)
 
 
 @jax.custom_vjp
@@ -47,7 +59,7 @@ def _spread(x, pair, place):
 
 def _spread_back(residuals, gradient):
     (place,) = residuals
-    return _taken(gradient, place).sum(1).astype(gradient.dtype), None, None
+    return sum(_taken(gradient, place)).astype(gradient.dtype), None, None
 
 
 _spread.defvjp(lambda x, pair, place: (_spread(x, pair, place), (place,)), _spread_back)
@@ -56,12 +68,12 @@ _spread.defvjp(lambda x, pair, place: (_spread(x, pair, place), (place,)), _spre
 @jax.custom_vjp
 def _collect(out, weights, pair, place):
     """Return the weighted sum [T, D] float32 of rows [R, D] at the places [T, k] of a token's pairs."""
-    return jnp.einsum("tkd,tk->td", _taken(out, place), weights.astype(jnp.float32))
+    return sum(row * weight[:, None] for row, weight in zip(_taken(out, place), _columns(weights), strict=True))
 
 
 def _collect_back(residuals, gradient):
     out, weights, pair, place = residuals
-    of_weights = jnp.einsum("tkd,td->tk", _taken(out, place), gradient)
+    of_weights = jnp.stack([(row * gradient).sum(1) for row in _taken(out, place)], axis=1)
     scale = weights.reshape(-1).at[pair].get(mode="fill", fill_value=0).astype(jnp.float32)
     rows = gradient.at[pair // place.shape[1]].get(mode="fill", fill_value=0)
     return (rows * scale[:, None]).astype(out.dtype), of_weights.astype(weights.dtype), None, None
@@ -70,5 +82,10 @@ def _collect_back(residuals, gradient):
 _collect.defvjp(lambda *inputs: (_collect(*inputs), inputs), _collect_back)
 
 
-def _taken(rows, place):  # [R, D], [T, k] -> [T, k, D] float32
-    return rows.at[place].get(mode="fill", fill_value=0).astype(jnp.float32)
+def _taken(rows, place):
+    """Return for each of k choices the rows [T, D] float32 at its places: all together would have to be written."""
+    return [rows.at[at].get(mode="fill", fill_value=0).astype(jnp.float32) for at in place.T]
+
+
+def _columns(weights):
+    return weights.astype(jnp.float32).T

@@ -84,7 +84,7 @@ def default_linear_backend(platform: str, x: jax.Array, weight: jax.Array | Quan
 def _xla(subscripts, x, weight, bias):
     def product(x, w):
         if isinstance(w, Adapted):
-            return product(x, w.weight) + einsum("tr,or->to", einsum("td,rd->tr", x, w.down), w.up, jnp.float32)
+            return product(x, w.weight) + product(product(x, w.down).astype(x.dtype), w.up)
         if isinstance(w, Quantized):
             return einsum("td,od->to", x, w, jnp.float32)
         # Of many tokens the product itself rounds its sums: where it is float32, cuBLAS writes that, and another kernel

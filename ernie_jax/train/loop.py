@@ -58,8 +58,9 @@ def run(
     _claim(output, recipe)
 
     with _Saves(output / "state", recipe) as saves, Interrupts() as interrupts:
-        start, state = saves.restore(trainer)
+        start = saves.latest
         claim_data(output, digests, start)
+        state = saves.restore(trainer)
         samples = Samples(recipe, trainer, output, start) if recipe.sample_prompts else None
         metrics = Metrics(output, start)
         guard = Guard(recipe.loss_spike, output, lambda step: training.batch(step - 1))
@@ -102,7 +103,7 @@ def run(
                     pace.restart()
         saves.finish()
     _write_result(output, recipe, trainer, state)
-    return {name: math.exp(row[f"{name}_loss"]) for name in heldout}
+    return {name: math.exp(trainer.evaluate(state, held)) for name, held in heldout.items()}
 
 
 class _Saves:
@@ -124,15 +125,21 @@ class _Saves:
     def __exit__(self, *_) -> None:
         self._checkpointer.close()
 
-    def restore(self, trainer: Trainer) -> tuple[int, TrainState]:
-        """Return the last step that was saved and the state after it; 0 and the first state if there is none."""
-        state, latest = trainer.initial_state(), self._checkpointer.latest
-        if latest is None:
-            return 0, state
+    @property
+    def latest(self) -> int:
+        """The last step that was saved; 0 if there is none."""
+        latest = self._checkpointer.latest
+        return latest.step if latest else 0
+
+    def restore(self, trainer: Trainer) -> TrainState:
+        """Return the state after the last step that was saved, or the first one."""
+        state = trainer.initial_state()
+        if not self.latest:
+            return state
         frozen, abstract = state.frozen, trainer.abstract_state()
         del state  # the weights that the run started from: there may be no room for both
-        parameters, optimizer = self._checkpointer.load(latest.step, (abstract.parameters, abstract.optimizer))
-        return latest.step, TrainState(parameters, optimizer, frozen)
+        parameters, optimizer = self._checkpointer.load(self.latest, (abstract.parameters, abstract.optimizer))
+        return TrainState(parameters, optimizer, frozen)
 
     def save(self, step: int, state: TrainState) -> None:
         """Copy a state to the host and write it from there, in the background, once the one before it is written."""

@@ -199,6 +199,8 @@ def _is_of(kind: str, value) -> bool:
 def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply "name=value" overrides, values written as in TOML (strings also without quotes).
 
+    A name with dots, as in sources.chat.times, is of a field within a table.
+
     Raises:
       UserError: if the file is missing or no TOML, or a field is missing, unknown or out of range.
     """
@@ -212,7 +214,13 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
         name, separator, value = override.partition("=")
         if not separator:
             raise UserError(f"--set {override}: expected name=value")
-        fields[name.strip()] = _parse_value(value.strip())
+        *tables, name = name.strip().split(".")
+        table = fields
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise UserError(f"--set {override}: {part} is no table")
+        table[name] = _parse_value(value.strip())
     known = {field.name: field for field in dataclasses.fields(Recipe)}
     if unknown := sorted(set(fields) - set(known)):
         raise UserError(f"{path}: unknown recipe field {', '.join(unknown)}; fields are {', '.join(known)}")

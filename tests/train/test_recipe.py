@@ -32,6 +32,8 @@ def test_overrides(recipe):
     assert (loaded.steps, loaded.learning_rate, loaded.output) == (20, 1.0, "out/elsewhere")
     assert loaded.sources == {"a": 1, "b": 2}
     assert loaded.model == "m"
+    loaded = load_recipe(recipe, ["sources.chat.train=chat.jsonl", "sources.chat.times=0.5", "sources.english=3"])
+    assert loaded.sources == {"english": 3, "chat": {"train": "chat.jsonl", "times": 0.5}}
     loaded = load_recipe(recipe, ["sources={a={train='a.jsonl', times=0.5}}", "skip_bad_lines=true"])
     assert read_sources(loaded.sources) == [Source("a", "a.jsonl", None, 0.5)] and loaded.skip_bad_lines
 
@@ -45,6 +47,7 @@ def test_a_source_may_be_only_a_number(recipe):
     [
         ("stpes=3", "unknown recipe field stpes"),
         ("steps", "--set steps: expected name=value"),
+        ("steps.more=3", "--set steps.more=3: steps is no table"),
         ("steps=many", "steps must be a whole number, found 'many'"),
         ("steps=true", "steps must be a whole number"),
         ("steps=0", "steps is 0"),
@@ -86,5 +89,9 @@ def test_bad_files_are_named(recipe, tmp_path):
         load_recipe(recipe)
 
 
-def test_the_embedded_models_recipe_is_valid():
-    load_recipe(pathlib.Path(__file__).parents[2] / "configs" / "train_embedded.toml")
+CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipes_that_come_with_the_project_are_valid(path):
+    load_recipe(path)
