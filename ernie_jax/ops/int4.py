@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from ernie_jax.ops.quantized import Quantized
 
@@ -117,6 +118,7 @@ def by_kernel(x: jax.Array, weight: Quantized, out_dtype: jnp.dtype, interpret: 
             ),
         ],
         out_specs=pl.BlockSpec((1, 1, rows, columns), lambda b, c, n, t: (b, c, t, n)),
+        scratch_shapes=[pltpu.VMEM((groups, columns), jnp.float32)],
         interpret=interpret,
         name="int4_product",
     )(x, weight.values, scales)
@@ -131,11 +133,18 @@ def _places(per: int, half: int) -> np.ndarray:
     return here & (np.arange(per)[:, None] == group)
 
 
-def _kernel(x, values, scales, out, *, per):
+def _kernel(x, values, scales, out, scale, *, per):
     rows, width = out.shape[2], x.shape[-1] // 2
-    total = jnp.zeros(out.shape[2:], jnp.float32)
-    for tile in range(x.shape[2]):
-        packed = values[0, 0, :, tile * width : (tile + 1) * width].astype(jnp.int32)
+    # In float32, of which a row can be read at any place.
+    for c in range(scales.shape[2] if scales.ndim == 4 else 1):
+
+        @pl.when(pl.program_id(1) == c)
+        def _(c=c):
+            mine = scales[0, :, c] if scales.ndim == 4 else scales[0]
+            scale[...] = mine.astype(jnp.float32)
+
+    def add(tile, total):
+        packed = values[0, 0, :, pl.ds(tile * width, width)].astype(jnp.int32)
         steps = jnp.concatenate([packed & 15, packed >> 4], axis=1) - 8
         parts = jax.lax.dot_general(
             x[0, 0, tile],
@@ -145,11 +154,15 @@ def _kernel(x, values, scales, out, *, per):
             preferred_element_type=jnp.float32,
         )
         for group in range(per):
-            scale = scales[0, tile * per + group].astype(jnp.float32).reshape(-1, out.shape[-1])  # [C, N]
-            own = scale[:1]
-            for c in range(1, len(scale)):
-                own = jnp.where(pl.program_id(1) == c, scale[c : c + 1], own)
-            total += parts[group * rows : (group + 1) * rows] * own
+            total += parts[group * rows : (group + 1) * rows] * scale[pl.ds(tile * per + group, 1), :]
+        return total
+
+    total, tiles = jnp.zeros(out.shape[2:], jnp.float32), x.shape[2]
+    if width == _LANES:
+        total = jax.lax.fori_loop(0, tiles, add, total, unroll=2)
+    else:  # only known places may lie within a row of lanes
+        for tile in range(tiles):
+            total = add(tile, total)
     out[0, 0] = total.astype(out.dtype)
 
 

@@ -97,7 +97,7 @@ def quantized(form, where, layers, tokens, context=8192):
 @pytest.mark.parametrize(
     ("form", "where", "tokens", "most"),
     [
-        ("fp8", "v6e:1x1", 8, 10e6),
+        ("fp8", "v5e:1x1", 8, 10e6),
         ("int4", "v5e:1x1", 1, 10e6),
         ("int4", "v5e:1x1", 512, 1.6e9),
     ],
