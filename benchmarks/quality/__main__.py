@@ -1,8 +1,10 @@
-"""Measure what a form of weights costs in quality: perplexity, KL, and how long greedy answers stay the same.
+"""Measure what a form of weights, or of the KV cache, costs in quality: perplexity, KL, how long greedy answers agree.
 
     python -m benchmarks.quality --reference=CHECKPOINT --models=CHECKPOINT,... --data=out/quality-corpus [--json=FILE]
+    python -m benchmarks.quality --reference=CHECKPOINT --kv_dtypes=int8,fp8 --data=out/quality-corpus
 
-All checkpoints are converted ones of the same model. They run in float32, so that their weights are all that differs.
+All checkpoints are converted ones of the same model. They run in float32, so that all that differs is their weights, or
+that keys and values are rounded.
 --data holds NAME.heldout.npy as scripts/embedded_corpus.py writes them; every token is predicted once, in documents cut
 at 1,024 tokens. `train.toml`, beside this file, makes a model of 57 million parameters to judge by.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import math
 import pathlib
@@ -26,6 +29,7 @@ from ernie_jax.errors import UserError
 from ernie_jax.llm import LLM
 from ernie_jax.model import Ernie
 from ernie_jax.ops import packed_attention
+from ernie_jax.ops.pages import as_cached
 from ernie_jax.train.data import Batch, Part, TrainingData
 from ernie_jax.train.documents import Documents, read_documents
 from ernie_jax.train.losses import IGNORED
@@ -34,11 +38,12 @@ ROWS, LENGTH = 4, 1024
 PROMPTS, PROMPT, ANSWER = 32, 64, 256  # of the greedy answers
 
 
-@jax.jit
-def log_probabilities(model: Ernie, batch: Batch) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="kv_dtype")
+def log_probabilities(model: Ernie, batch: Batch, kv_dtype: jnp.dtype) -> jax.Array:
     """Return float32 [B, T, V]."""
 
     def attend(q, k, v, cache):
+        k, v = as_cached(k, kv_dtype), as_cached(v, kv_dtype)
         return packed_attention(q, k, v, batch.segments), cache
 
     hidden = model(batch.tokens, batch.positions, attend).hidden
@@ -61,7 +66,7 @@ def on_text(reference: LLM, other: LLM, batches: list[Batch], name: str) -> dict
     """Compare two models on every target of the batches."""
     found = collections.defaultdict(list)
     for batch in tqdm(batches, desc=name, unit="batch", leave=False):
-        logprobs = [log_probabilities(llm.model, batch) for llm in (reference, other)]
+        logprobs = [log_probabilities(llm.model, batch, llm.engine.kv_dtype) for llm in (reference, other)]
         counted = batch.targets != IGNORED
         for key, values in zip(("loss", "other", "kl", "same"), compare(*logprobs, batch.targets), strict=True):
             found[key].append(np.asarray(values)[counted])
@@ -111,10 +116,13 @@ def draw_prompts(documents: list[Documents]) -> list[list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", required=True, help="converted checkpoint, usually bfloat16")
-    parser.add_argument("--models", required=True, help="converted checkpoints to compare with it, by commas")
+    parser.add_argument("--models", default="", help="converted checkpoints to compare with it, by commas")
+    parser.add_argument("--kv_dtypes", default="", help="its KV cache in these dtypes too, by commas")
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder with NAME.heldout.npy")
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
     flags = parser.parse_args()
+    if not flags.models + flags.kv_dtypes:
+        parser.error("nothing to compare: give --models or --kv_dtypes")
 
     options = {"cache_tokens": PROMPTS * (PROMPT + ANSWER), "max_sequences": PROMPTS}
     reference = LLM.load(flags.reference, "float32", **options)
@@ -125,9 +133,11 @@ def main() -> None:
     print(f"{reference.describe()}\n{'':24s} {'perplexity':>10} {'change':>16} {'KL mean':>9} {'median':>9} {'p99':>8} "
           f"{'likeliest':>9} {'greedy':>7} {'whole':>6}", flush=True)  # fmt: skip
     rows = []
-    for directory in flags.models.split(","):
-        other = LLM.load(directory, "float32", **options)
-        name = other.config.quantize or "bfloat16"
+    cases = [(directory, None) for directory in flags.models.split(",") if directory]
+    cases += [(flags.reference, kv_dtype) for kv_dtype in flags.kv_dtypes.split(",") if kv_dtype]
+    for directory, kv_dtype in cases:
+        other = LLM.load(directory, "float32", **options, kv_dtype=kv_dtype)
+        name = f"{kv_dtype} KV cache" if kv_dtype else other.config.quantize or "bfloat16"
         row = {"model": directory, "form": name, **on_text(reference, other, batches, name)}
         row |= agreement(expected, greedy(other, prompts))
         rows.append(row)

@@ -126,8 +126,8 @@ class _Bench:
         found = self.found
         self.say(
             f"{values.model}{drawn} · {found['dtype']} · {found['devices']} x {found['device']} · JAX {found['jax']} · "
-            f"sharding {found['sharding']} · prefill chunks of {found['prefill_chunk']} · {found['kv_dtype']} KV room for "
-            f"{found['cache_tokens']:,} tokens\n{report.describe_machine(self.machine)}"
+            f"sharding {found['sharding']} · prefill chunks of {found['prefill_chunk']} · "
+            f"{found['kv_dtype']} KV room for {found['cache_tokens']:,} tokens\n{report.describe_machine(self.machine)}"
         )
 
     def say(self, words: str) -> None:

@@ -61,7 +61,8 @@ def mixed_shape(
 ) -> StepShape:
     """Return the step that takes `chunk` tokens of one prompt beside a token each of `batch` sequences."""
     chunks = [[chunk], *[[]] * (layout.groups - 1)]
-    return _shapes(config, layout, batch, chunk, page_size, dtype, kv_dtype).choose(_even(batch, layout), chunks, context)
+    shapes = _shapes(config, layout, batch, chunk, page_size, dtype, kv_dtype)
+    return shapes.choose(_even(batch, layout), chunks, context)
 
 
 def lower_step(

@@ -34,8 +34,11 @@ def kv_name(dtype: jnp.dtype) -> str:
     return next((name for name, known in _DTYPES.items() if known == dtype), jnp.dtype(dtype).name)
 
 
-def check_kv_dtype(config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> None:
+def check_kv_dtype(config: ModelConfig, dtype: jnp.dtype, layout: Layout, platform: str) -> None:
     """Check that pages of a dtype are written in place where a layout puts them.
+
+    Args:
+      platform: of the devices, for which a plan's layout has stand-ins.
 
     Raises:
       UserError: if they are not.
@@ -43,10 +46,10 @@ def check_kv_dtype(config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> Non
     # With fewer heads a TPU's XLA lays pages out by head, and turns the whole cache over for a write or a read.
     least = {"int8": 4, "fp8": 2}.get(kv_name(dtype), 1)
     heads = config.num_key_value_heads // layout.size("kv_head")
-    if layout.platform == "tpu" and heads < least:
+    if platform == "tpu" and heads < least:
         raise UserError(
-            f"--kv_dtype={kv_name(dtype)} needs {least} or more key/value heads a TPU device, and of this model's "
-            f"{config.num_key_value_heads} sharding {layout.describe()} leaves {heads}; use bfloat16, or another sharding"
+            f"--kv_dtype={kv_name(dtype)} needs {least} or more key/value heads on each TPU device, and sharding "
+            f"{layout.describe()} leaves {heads} of {config.num_key_value_heads}; use bfloat16 or another sharding"
         )
 
 

@@ -95,7 +95,7 @@ class DeviceStep:
             halves_backend = "none"
         dtype = model.embed.weight.dtype
         kv_dtype = jnp.dtype(dtype if kv_dtype is None else kv_dtype)
-        check_kv_dtype(config, kv_dtype, layout)
+        check_kv_dtype(config, kv_dtype, layout, platform)
         heads = config.head_dim, dtype, config.num_key_value_heads // layout.size("kv_head"), kv_dtype
         self.attention_backend = attention_backend or default_attention_backend(platform, *heads)
         check_attention_backend(self.attention_backend, *heads)

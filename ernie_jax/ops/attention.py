@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 
 from ernie_jax.errors import UserError
 from ernie_jax.ops.decode_attention import MOST_TOKENS, decode_attention, decode_problem
-from ernie_jax.ops.pages import Pages, ScaledPages, is_scaled, take, write
+from ernie_jax.ops.pages import Pages, is_scaled, take, write
 from ernie_jax.ops.precision import einsum
 from ernie_jax.ops.prefill_attention import prefill, takes_prefill
 
@@ -86,9 +86,9 @@ def paged_attention(
 ) -> tuple[jax.Array, Pages]:
     """Write the new keys and values into their pages, then attend causally over each sequence's pages.
 
-    Pages hold k and v interleaved by head: k0, v0, k1, v1, ... in their own dtype, which every query reads, also those of
-    the same step. The softmax is float32. Rows of padding tokens come back
-    undefined but finite, and write to no page but the last, which belongs to no sequence.
+    Pages hold k and v interleaved by head: k0, v0, k1, v1, ... The softmax is float32. What pages round off is seen by
+    no query, not even of the same step. Rows of padding tokens come back undefined but finite, and write to no page but
+    the last, which belongs to no sequence.
 
     Args:
       backend: a name of ATTENTION_BACKENDS.
@@ -247,7 +247,7 @@ def _rpa(q, pages, batch):
     # Up to 1,024 cached positions at a time: two such buffers, and the scores of 32 queries of a key/value head, stay
     # within the 16 MiB of vector memory that a kernel gets on the smallest chips. JAX's own table knows no compile-only
     # chips; where it lists heads like these, on v5e and v6e, it has 32 queries and mostly 1,024 positions too.
-    positions = min(1024, 8192 // (kv_heads * pages.dtype.itemsize))
+    positions = min(1024, 8192 // (kv_heads * max(2, pages.dtype.itemsize)))  # 8 bits are widened there
     widened = 1.0 if pages.dtype.itemsize == 1 else None  # with a scale the kernel turns what it reads into q's dtype
     live = jnp.sum(batch.kv_lengths > 0, dtype=jnp.int32)
     # The kernel starts to read the first sequence in any case, and must wait for it: a step without one reads scratch.
@@ -278,7 +278,8 @@ def _rpa_problem(head_dim: int, dtype: jnp.dtype, kv_heads: int, kv_dtype: jnp.d
     if is_scaled(kv_dtype):
         return "takes one scale for all pages, not int8's for each token and head"
     if kv_dtype not in (dtype, jnp.float8_e4m3fn):
-        return f"takes {jnp.dtype(dtype).name} or fp8 pages of {jnp.dtype(dtype).name} heads, not {jnp.dtype(kv_dtype).name}"
+        name = jnp.dtype(dtype).name
+        return f"takes {name} or fp8 pages of {name} heads, not {jnp.dtype(kv_dtype).name}"
     if jnp.dtype(kv_dtype).itemsize == 1 and kv_heads == 1:
         return "takes 2 or more key/value heads a shard with an 8-bit cache, not 1"
     if 8 % kv_heads and kv_heads % 8:

@@ -73,6 +73,14 @@ def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype)
 
 
+def as_cached(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return keys or values [..., H] as pages of a dtype give them back."""
+    if is_scaled(dtype):
+        values, scales = quantize_heads(x)
+        return (values * scales[..., None]).astype(x.dtype)
+    return round_to(x, dtype).astype(x.dtype)
+
+
 def write(pages: Pages, page: jax.Array, slot: jax.Array, new: jax.Array) -> Pages:
     """Put new [T, 2K, H] at places [T], all different, of which those beyond the pages are dropped."""
     options = {"mode": "drop", "unique_indices": True}
@@ -85,7 +93,7 @@ def write(pages: Pages, page: jax.Array, slot: jax.Array, new: jax.Array) -> Pag
 
 
 def take(pages: Pages, ids: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Return the keys and values [B, S, K, 2, H] of pages ids [B, n], and their scales [B, K, 2, S] if there are any."""
+    """Return keys and values [B, S, K, 2, H] of pages ids [B, n], and their scales [B, K, 2, S] if there are any."""
     _, page_size, heads, head_dim = pages.shape
     rows, count = ids.shape
     positions = count * page_size

@@ -44,7 +44,9 @@ def prefill(q, pages, batch, interpret=None):
 
 
 def _widened(pages, batch, dtype):
-    """Write the pages in use as `dtype`, so that many queries turn each byte into a number once; for all or for each row.
+    """Write the pages in use as `dtype`, so that each byte becomes a number once for many queries.
+
+    There is room for all pages, or for those in the table if these are fewer.
 
     Returns:
       The pages, and the batch with where they are now.

@@ -171,7 +171,7 @@ def make_plan(
     if sharding is not None or mesh is not None:
         layout = make_layout(request.config, devices, mesh, sharding)
         _check_serves(layout)
-        check_kv_dtype(request.config, request.cached, layout)
+        check_kv_dtype(request.config, request.cached, layout, request.topology.chip.platform)
         plan = estimate(request, layout)
         return measure(plan, announce) if build else plan
     plans = [plan for plan in estimate_all(request).values() if isinstance(plan, Plan)]
@@ -206,7 +206,7 @@ def estimate_all(request: Request) -> dict[str, Plan | str]:
             continue
         try:
             layout = make_layout(request.config, request.topology.stand_ins(), None, name)
-            check_kv_dtype(request.config, request.cached, layout)
+            check_kv_dtype(request.config, request.cached, layout, request.topology.chip.platform)
         except UserError as error:
             found[name] = str(error)
         else:

@@ -185,3 +185,13 @@ def test_what_must_be_given(run, arguments, words):
     result = run("plan", *arguments)
     assert (result.code, result.out) == (2, "")
     assert all(word in result.err for word in words)
+
+
+def test_an_8_bit_cache(run):
+    command = ("plan", "--model=ernie-4.5-21b-a3b", "--topology=h100:1", "--batch=1", "--context=1024")
+    whole, small = (json.loads(run(*command, "--json", *more).out) for more in ((), ("--kv_dtype=int8",)))
+    assert (whole["kv_dtype"], small["kv_dtype"]) == ("bfloat16", "int8")
+    assert small["per_device"]["kv_cache"] * 256 == whole["per_device"]["kv_cache"] * (128 + 4)
+    assert ", int8 KV cache, on h100:1" in run(*command, "--kv_dtype=int8").out.splitlines()[0]
+    result = run(*command, "--kv_dtype=int3")
+    assert result.code == 1 and "kv_dtype=int3: unknown; choose one of bfloat16, int8, fp8" in result.err

@@ -12,6 +12,7 @@ from tests.kernels.cases import BOUND, EDGES, H, check_decode, describe, distanc
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
+
 @pytest.mark.parametrize("length", [*EDGES, 513, 4096, 4097, 32768, 100_001, 131_072])
 def test_one_sequence(rng, length):
     check_decode(rng, [length])
@@ -20,6 +21,12 @@ def test_one_sequence(rng, length):
 @pytest.mark.parametrize("page_size", [16, 48, 128])
 def test_page_edges_together(rng, page_size):
     check_decode(rng, EDGES, page_size=page_size)
+
+
+@pytest.mark.parametrize("kv_dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("lengths", [EDGES, [131_072], [300, 0, 70_000, 1] * 16], ids=["edges", "long", "uneven"])
+def test_pages_in_8_bits(rng, lengths, kv_dtype):
+    check_decode(rng, lengths, kv_dtype=kv_dtype)
 
 
 @pytest.mark.parametrize("tokens", [8, 64, 256, 300])

@@ -54,8 +54,9 @@ def test_many_tokens(rng):
         {"lengths": cases.EDGES, "kv_heads": 1, "page_size": 48},
         {"lengths": [300, 0, 1, 0], "kv_heads": 3, "group": 12},
         {"lengths": [40] * 150, "kv_heads": 1, "page_size": 16},
+        {"lengths": [1, 1], "kv_heads": 4, "spread": True},
     ],
-    ids=["lengths", "page edges", "two tiles of queries", "many tokens"],
+    ids=["lengths", "page edges", "two tiles of queries", "many tokens", "large and small"],
 )
 def test_pages_in_8_bits(case, kv_dtype, rng):
     cases.check_decode(rng, **case, kv_dtype=kv_dtype)

@@ -35,8 +35,7 @@ CASES = [
     (Case(((0, 1),)), {"expert_backend": "cuda", "linear_backend": "cuda", "halves_backend": "none"}),
     (Case(((30, 1), (270, 1), (5, 1))), {"expert_backend": "mosaic", "halves_backend": "cuda"}),
     (Case(tuple((19 * i, 1) for i in range(20))), {"expert_backend": "mosaic"}),
-    (Case(((200, 1),)), {"expert_backend": "cuda", "halves_backend": "cuda", "kv_dtype": jnp.int8}),
-    (Case(((30, 1), (270, 1), (5, 1))), {"expert_backend": "cuda", "halves_backend": "none", "kv_dtype": jnp.int8}),
+    (Case(((30, 1), (270, 1), (5, 1))), {"expert_backend": "cuda", "halves_backend": "cuda", "kv_dtype": jnp.int8}),
 ]
 
 

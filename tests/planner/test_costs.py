@@ -36,11 +36,15 @@ def test_one_device_decode(tiny_config):
     whole = 3 * ATTENTION + DENSE + 2 * SHARED + EMBEDDING + NORMS
     assert costs.weight_bytes(tiny_config, BF16, layout) == 2 * (whole + 2 * EXPERTS) + 4 * 2 * (ROUTER + 8)
     assert costs.token_bytes(tiny_config, BF16, layout) == 3 * 2 * 2 * 16 * 2
+    assert costs.token_bytes(tiny_config, jnp.dtype(jnp.int8), layout) == 3 * 2 * 2 * (16 + 4)  # and a scale
+    assert costs.token_bytes(tiny_config, jnp.dtype(jnp.float8_e4m3fn), layout) == 3 * 2 * 2 * 16
 
     cost = step_cost(tiny_config, BF16, layout, decode_load(layout, batch=4, context=100))
     reached = 1 - (6 / 8) ** 4  # of the experts, by one of 4 tokens that choose 2 of 8 each
     assert cost.weights == pytest.approx(2 * (whole + reached * 2 * EXPERTS) + 4 * 2 * (ROUTER + 8))
     assert cost.cache == (4 * 100 + 4) * 384
+    small = step_cost(tiny_config, BF16, layout, decode_load(layout, batch=4, context=100), jnp.dtype(jnp.int8))
+    assert small.cache == (4 * 100 + 4) * 240 and small.weights == cost.weights
     matrices = 3 * ATTENTION + DENSE + 2 * (SHARED + EXPERTS * 2 / 8 + ROUTER) + EMBEDDING
     assert cost.flops == pytest.approx(4 * (2 * matrices + 3 * 100 * 2 * 2 * 8 * 16))
     assert step_collectives(tiny_config, BF16, layout, decode_load(layout, 4, 100), "gpu") == []

@@ -55,6 +55,26 @@ def test_room_is_counted_by_group(large):
     assert found.longest_context == min(found.group_pages // 2 * 128, 131072)
 
 
+def test_an_8_bit_cache(large):
+    request = request_for(large, "h100:2")
+    found = make_plan(dataclasses.replace(request, kv_dtype=jnp.dtype(jnp.int8)), "expert")
+    assert found.cache == (16 * 64 + 1) * 128 * 28 * 8 * (128 + 4) // 2
+    assert found.weights == make_plan(request, "expert").weights
+    batch = make_plan(request, "expert").most_sequences + 1
+    over = make_plan(request_for(large, "h100:2", batch=batch), "expert")
+    assert "--kv_dtype=int8 --sharding=expert" in list(suggest(over))
+
+
+def test_an_8_bit_cache_on_a_slice_keeps_heads_together(large):
+    """With one head a chip, XLA would turn the whole cache over in every step."""
+    request = dataclasses.replace(request_for(large, "v5e:2x4"), kv_dtype=jnp.dtype(jnp.int8))
+    words = "--kv_dtype=int8 needs 4 or more key/value heads on each TPU device, and sharding expert .* leaves 1 of 4"
+    with pytest.raises(UserError, match=words):
+        make_plan(request, "expert", build=False)
+    assert "needs 4 or more" in estimate_all(request)["tensor"]
+    assert make_plan(request, build=False).layout.preset in ("expert+data", "exchange")
+
+
 def test_the_best_preset_is_the_default_unless_another_is_faster(large):
     every = estimate_all(request_for(large, "h200:8"))
     assert set(every) == {"expert", "expert+tensor", "expert+data", "exchange", "tensor"}

@@ -32,7 +32,7 @@ def compiled(topology, function, inputs, out_specs, donate=()):
     return jax.jit(sharded, donate_argnums=donate).lower(*arguments).compile()
 
 
-def attention(topology, tokens, kv_heads, group, num_pages=256):
+def attention(topology, tokens, kv_heads, group, dtype=jnp.bfloat16, num_pages=256):
     rows, count = min(tokens, 64), mesh_of(topology).size
     heads, integers = P(None, AXES), jnp.int32
 
@@ -44,7 +44,7 @@ def attention(topology, tokens, kv_heads, group, num_pages=256):
         ((tokens, kv_heads * count, group, 128), jnp.bfloat16, heads),
         ((tokens, kv_heads * count, 128), jnp.bfloat16, heads),
         ((tokens, kv_heads * count, 128), jnp.bfloat16, heads),
-        ((num_pages, 128, 2 * kv_heads * count, 128), jnp.bfloat16, P(None, None, AXES)),
+        ((num_pages, 128, 2 * kv_heads * count, 128), dtype, P(None, None, AXES)),
         *((shape, integers, P()) for shape in shapes),
     ]
     return compiled(topology, step, inputs, (heads, P(None, None, AXES)), donate=3)
@@ -66,6 +66,17 @@ def test_rpa_compiles_and_writes_the_cache_in_place(topology, tokens, heads):
     assert memory.alias_size_in_bytes == cache
     assert memory.temp_size_in_bytes < cache / 8
     assert "ragged_paged_attention_kernel" in program.as_text()
+
+
+@pytest.mark.parametrize(
+    ("topology", "tokens", "heads"),
+    [("v5e:2x4", 1, (2, 5)), ("v5e:2x4", 512, (4, 5)), ("v5e:2x4", 512, (8, 8))]
+    + [(topology, 64, (4, 5)) for topology in TOPOLOGIES[1:]],
+)
+def test_rpa_takes_an_fp8_cache(topology, tokens, heads):
+    memory = attention(topology, tokens, *heads, jnp.float8_e4m3fn).memory_analysis()
+    assert memory.alias_size_in_bytes == 256 * 128 * 2 * heads[0] * 128
+    assert memory.temp_size_in_bytes < 256 * 128 * 2 * heads[0] * 128 / 8
 
 
 def experts(topology, tokens, k, count, model, width, split_width):

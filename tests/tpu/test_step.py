@@ -12,7 +12,7 @@ from ernie_jax.engine.aot import decode_shape, lower_sample, lower_step, prefill
 from ernie_jax.engine.cache import PAGE_SIZE, bytes_per_token
 from ernie_jax.planner.hlo import collectives
 from ernie_jax.planner.topology import parse_topology
-from ernie_jax.sharding import make_layout
+from ernie_jax.sharding import make_layout, single
 
 pytest.importorskip("libtpu", reason="libtpu, of the test extra, is for Linux on x86-64 only")
 
@@ -80,6 +80,24 @@ def test_a_step_fits_and_sends_what_it_must(case):
         # The embedding, and two sums a layer in bfloat16 whatever the shape.
         assert count(text) == {"all-reduce": 2 * layers + 1}
         assert {item.bytes for item in collectives(text)} == {2 * shape.tokens * config.hidden_size}
+
+
+@pytest.mark.parametrize("kv_dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 512], ids=["decode", "prefill"])
+def test_an_8_bit_cache_of_the_longest_context(tokens, kv_dtype):
+    """On one chip, of the layers only the first: pages stay where they are, and fp8 has the kernel."""
+    config = dataclasses.replace(read_config("21b-a3b"), num_hidden_layers=1)
+    layout = single(parse_topology("v5e:2x4").compile_devices()[0])
+    shape_of, context = prefill_shape if tokens > 1 else decode_shape, config.max_position_embeddings
+    shape = shape_of(config, layout, tokens, context, kv_dtype=kv_dtype)
+    pages = context // PAGE_SIZE + 1
+    compiled = lower_step(config, layout, jnp.bfloat16, shape, pages, kv_dtype=kv_dtype).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory.alias_size_in_bytes >= pages * PAGE_SIZE * bytes_per_token(config, kv_dtype)
+    assert memory.temp_size_in_bytes < pages * PAGE_SIZE * bytes_per_token(config, kv_dtype)
+    whole = f"[{pages},{PAGE_SIZE},8,128]"
+    assert not [line for line in text.splitlines() if " copy(" in line and whole in line.split("(")[0]]
+    assert text.count(KERNEL) == (kv_dtype == jnp.float8_e4m3fn)
 
 
 def while_travelling(text, way):
