@@ -9,7 +9,8 @@ import pytest
 
 from ernie_jax.config import QUANTIZED_FORMS
 from ernie_jax.kernels import capability
-from ernie_jax.ops import grouped_mlp
+from ernie_jax.ops import grouped_mlp, quantized_specs
+from ernie_jax.ops.mosaic import multiplies_fp8
 from ernie_jax.ops.prefill_attention import prefill
 from tests.kernels.cases import (
     BOUND,
@@ -25,6 +26,9 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
     pytest.mark.skipif(capability() != "9.0", reason="needs a Hopper GPU"),
 ]
+
+
+FP8_BOUND = 0.06  # tokens and hidden values rounded to fp8
 
 
 @pytest.mark.parametrize("routing", ["even", "one expert", "padded"])
@@ -55,7 +59,8 @@ def test_experts(tokens, routing, rng):
 @pytest.mark.parametrize("tokens", [2, 60, 200, 700, 3000])
 @pytest.mark.parametrize("form", QUANTIZED_FORMS)
 def test_quantized_experts(form, tokens, rng):
-    check_experts(rng, tokens, 3, 8, 512, 768, form=form, backend="mosaic")
+    bound = FP8_BOUND if multiplies_fp8(tokens, quantized_specs(form, (256,), 0).dtype) else BOUND
+    check_experts(rng, tokens, 3, 8, 512, 768, form=form, backend="mosaic", bound=bound)
     if tokens <= 512:
         check_shared_experts(rng, tokens, 3, 8, 768, 512, form, "mosaic")
 
@@ -65,6 +70,11 @@ def test_quantized_experts(form, tokens, rng):
 @pytest.mark.parametrize("form", QUANTIZED_FORMS)
 def test_quantized_product(form, tokens, inner, outer, rng):
     check_linear(rng, tokens, inner, outer, form, "mosaic")
+
+
+@pytest.mark.parametrize("tokens", [520, 2048])
+def test_fp8_product(tokens, rng):
+    check_linear(rng, tokens, 2560, 3584, "fp8", "mosaic", FP8_BOUND)
 
 
 # (cached before, new tokens) of each sequence, and padding tokens.

@@ -47,12 +47,12 @@ def rounded(weight, form=None):
     return jax.tree.map(jnp.asarray, weight), np.asarray(dequantize(weight), np.float64)
 
 
-def check_linear(rng, tokens, inner, outer, form=None, backend="cuda"):
+def check_linear(rng, tokens, inner, outer, form=None, backend="cuda", bound=BOUND):
     """Hold x weight^T to float64."""
     x = normal(rng, tokens, inner)
     weight, wide = rounded(normal(rng, outer, inner, scale=inner**-0.5), form)
     out = jax.jit(functools.partial(linear, "td,od->to", backend=backend))(x, weight)
-    assert distance(out, np.asarray(x, np.float64) @ wide.T) < BOUND
+    assert distance(out, np.asarray(x, np.float64) @ wide.T) < bound
 
 
 def experts_reference(x, chosen, weights, gate_up, down, first=0) -> np.ndarray:
@@ -83,11 +83,11 @@ def draw_experts(rng, tokens, k, experts, inner, width, skew=False):
 _grouped_mlp = jax.jit(grouped_mlp, static_argnums=5)
 
 
-def check_experts(rng, tokens, k, experts, inner, width, skew=False, form=None, backend="cuda"):
+def check_experts(rng, tokens, k, experts, inner, width, skew=False, form=None, backend="cuda", bound=BOUND):
     """Hold the experts' sum to float64."""
     *inputs, gate_up, down = draw_experts(rng, tokens, k, experts, inner, width, skew)
     weights, wide = zip(rounded(gate_up, form), rounded(down, form), strict=True)
-    assert distance(_grouped_mlp(*inputs, *weights, backend), experts_reference(*inputs, *wide)) < BOUND
+    assert distance(_grouped_mlp(*inputs, *weights, backend), experts_reference(*inputs, *wide)) < bound
 
 
 def check_shared_experts(rng, tokens, k, experts, inner, width, form=None, backend="cuda"):
