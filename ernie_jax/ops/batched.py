@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ernie_jax.ops.adapted import Adapted
-from ernie_jax.ops.blocks import sort_pairs, sum_of_blocks
+from ernie_jax.ops.blocks import collect, sort_pairs, sum_of_blocks, taken
 from ernie_jax.ops.precision import einsum, precision_of, swiglu
 from ernie_jax.ops.quantized import Quantized
 
@@ -36,9 +36,9 @@ def by_batches(x, chosen, weights, gate_up, down, first_expert, total=None):
     rows = _spread(x, pair, place).reshape(experts, room, -1)
     hidden = swiglu(_product("ecd,exfd->ecxf", rows, gate_up), axis=2)
     out = _product("ecf,edf->ecd", hidden, down).reshape(experts * room, -1)
-    most = _collect(out, weights, pair, place)
+    most = collect(out, weights, pair, place)
     left = jnp.where(fits.reshape(tokens, k), -1, chosen - first_expert)
-    return (most + sum_of_blocks(x, left, weights, gate_up, down, 0)).astype(x.dtype)
+    return (most + sum_of_blocks(x, left, weights, gate_up, down, 0, x.dtype)).astype(x.dtype)
 
 
 def _product(subscripts, x, y):
@@ -59,33 +59,7 @@ def _spread(x, pair, place):
 
 def _spread_back(residuals, gradient):
     (place,) = residuals
-    return sum(_taken(gradient, place)).astype(gradient.dtype), None, None
+    return sum(taken(gradient, place)).astype(gradient.dtype), None, None
 
 
 _spread.defvjp(lambda x, pair, place: (_spread(x, pair, place), (place,)), _spread_back)
-
-
-@jax.custom_vjp
-def _collect(out, weights, pair, place):
-    """Return the weighted sum [T, D] float32 of rows [R, D] at the places [T, k] of a token's pairs."""
-    return sum(row * weight[:, None] for row, weight in zip(_taken(out, place), _columns(weights), strict=True))
-
-
-def _collect_back(residuals, gradient):
-    out, weights, pair, place = residuals
-    of_weights = jnp.stack([(row * gradient).sum(1) for row in _taken(out, place)], axis=1)
-    scale = weights.reshape(-1).at[pair].get(mode="fill", fill_value=0).astype(jnp.float32)
-    rows = gradient.at[pair // place.shape[1]].get(mode="fill", fill_value=0)
-    return (rows * scale[:, None]).astype(out.dtype), of_weights.astype(weights.dtype), None, None
-
-
-_collect.defvjp(lambda *inputs: (_collect(*inputs), inputs), _collect_back)
-
-
-def _taken(rows, place):
-    """Return for each of k choices the rows [T, D] float32 at its places: all together would have to be written."""
-    return [rows.at[at].get(mode="fill", fill_value=0).astype(jnp.float32) for at in place.T]
-
-
-def _columns(weights):
-    return weights.astype(jnp.float32).T

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -20,11 +22,11 @@ def by_blocks(x, chosen, weights, gate_up, down, first_expert):
 
     A loop of unknown length has no automatic gradient; `_multiply` brings its own.
     """
-    return sum_of_blocks(x, chosen, weights, gate_up, down, first_expert).astype(x.dtype)
+    return sum_of_blocks(x, chosen, weights, gate_up, down, first_expert, jnp.float32).astype(x.dtype)
 
 
-def sum_of_blocks(x, chosen, weights, gate_up, down, first_expert):
-    """Return what `by_blocks` does in float32, before the only rounding."""
+def sum_of_blocks(x, chosen, weights, gate_up, down, first_expert, dtype):
+    """Return what `by_blocks` does in float32, of experts' results that are kept in a dtype until they are summed."""
     tokens, k = chosen.shape
     experts, pairs = gate_up.shape[0], tokens * k
     expert, sizes, _, rank = sort_pairs(chosen - first_expert, experts)
@@ -38,13 +40,11 @@ def sum_of_blocks(x, chosen, weights, gate_up, down, first_expert):
     slabs = -(-most // slab)
     rows = slabs * slab * _BLOCK_ROWS
     place = jnp.where(expert < experts, rank + jnp.append(shift, 0)[expert], rows)  # row of each pair
-    token = jnp.full(rows, tokens).at[place].set(jnp.arange(pairs) // k, mode="drop")  # of each row
+    pair = jnp.full(rows, pairs).at[place].set(jnp.arange(pairs), mode="drop")  # of each row
     of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(slabs * slab), side="right"), experts - 1)
-    token, of_block = token.reshape(slabs, slab, _BLOCK_ROWS), of_block.reshape(slabs, slab)
-    out = _multiply(x, gate_up, down, token, of_block, (ends[-1] + slab - 1) // slab)
-
-    out = out.at[place].get(mode="fill", fill_value=0).reshape(tokens, k, -1)
-    return (out * weights[..., None].astype(jnp.float32)).sum(1)
+    token, of_block = (pair // k).reshape(slabs, slab, _BLOCK_ROWS), of_block.reshape(slabs, slab)
+    out = _multiply(dtype, x, gate_up, down, token, of_block, (ends[-1] + slab - 1) // slab)
+    return collect(out, weights, pair, place.reshape(tokens, k))
 
 
 def sort_pairs(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -63,9 +63,9 @@ def sort_pairs(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, j
     return expert, jnp.bincount(expert, length=experts + 1)[:-1], order, rank
 
 
-@jax.custom_vjp
-def _multiply(x, gate_up, down, token, of_block, live):
-    """Multiply rows of x [T, D], given by token [slabs, slab, rows], by their block's expert: [all rows, D] float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(dtype, x, gate_up, down, token, of_block, live):
+    """Multiply rows of x [T, D], given by token [slabs, slab, rows], by their block's expert: [all rows, D].
 
     Rows of token T are zero. The slabs from `live` on are not computed and come back zero.
     """
@@ -73,9 +73,9 @@ def _multiply(x, gate_up, down, token, of_block, live):
     def step(index, out):
         rows = x.at[token[index]].get(mode="fill", fill_value=0)
         y = _slab(rows, *jax.tree.map(lambda leaf: leaf[of_block[index]], (gate_up, down)))
-        return jax.lax.dynamic_update_index_in_dim(out, y, index, 0)
+        return jax.lax.dynamic_update_index_in_dim(out, y.astype(dtype), index, 0)
 
-    out = jnp.zeros((*token.shape, x.shape[1]), jnp.float32)
+    out = jnp.zeros((*token.shape, x.shape[1]), dtype)
     return jax.lax.fori_loop(0, live, step, out).reshape(-1, x.shape[1])
 
 
@@ -84,13 +84,13 @@ def _slab(rows, gate_up, down):  # [N, rows, D], [N, 2, F, D], [N, D, F] -> [N, 
     return einsum("nbf,ndf->nbd", hidden, down, jnp.float32)
 
 
-def _forward(*primals):
+def _forward(dtype, *primals):
     x, gate_up, down, token, of_block, live = values = jax.tree.map(lambda primal: primal.value, primals)
     wanted = [() if leaf.perturbed else None for leaf in jax.tree.leaves((primals[1], primals[2]))]
-    return _multiply(*values), (x, gate_up, down, token, of_block, live, wanted)
+    return _multiply(dtype, *values), (x, gate_up, down, token, of_block, live, wanted)
 
 
-def _backward(residuals, gradient):
+def _backward(dtype, residuals, gradient):
     """Repeat each slab and pull its gradient back; sums over slabs are float32 and rounded once.
 
     Weights that nobody asks the gradient of, as frozen ones are, get none.
@@ -111,7 +111,7 @@ def _backward(residuals, gradient):
             return _slab(rows, *jax.tree.unflatten(structure, mine))
 
         _, pull = jax.vjp(slab, rows, *(leaves[index][block] for index in learnt))
-        parts = pull(gradient[index])
+        parts = pull(gradient[index].astype(jnp.float32))
         places = token[index], *[block] * len(learnt)
         return [
             total.at[place].add(part.astype(jnp.float32), mode="drop")
@@ -128,3 +128,33 @@ def _backward(residuals, gradient):
 
 
 _multiply.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def collect(out: jax.Array, weights: jax.Array, pair: jax.Array, place: jax.Array) -> jax.Array:
+    """Return the weighted sum [T, D] float32 of rows [R, D] at the places [T, k] of a token's pairs.
+
+    Args:
+      pair: [R] which pair of a token and a choice each row is of; T * k of none.
+    """
+    return sum(row * weight[:, None] for row, weight in zip(taken(out, place), _columns(weights), strict=True))
+
+
+def _collect_back(residuals, gradient):
+    out, weights, pair, place = residuals
+    of_weights = jnp.stack([(row * gradient).sum(1) for row in taken(out, place)], axis=1)
+    scale = weights.reshape(-1).at[pair].get(mode="fill", fill_value=0).astype(jnp.float32)
+    rows = gradient.at[pair // place.shape[1]].get(mode="fill", fill_value=0)
+    return (rows * scale[:, None]).astype(out.dtype), of_weights.astype(weights.dtype), None, None
+
+
+collect.defvjp(lambda *inputs: (collect(*inputs), inputs), _collect_back)
+
+
+def taken(rows: jax.Array, place: jax.Array) -> list[jax.Array]:
+    """Return for each of k choices the rows [T, D] float32 at its places: all together would have to be written."""
+    return [rows.at[at].get(mode="fill", fill_value=0).astype(jnp.float32) for at in place.T]
+
+
+def _columns(weights):
+    return weights.astype(jnp.float32).T
