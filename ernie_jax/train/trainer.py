@@ -19,7 +19,7 @@ from ernie_jax.model.adapters import UP
 from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, packed_attention
 from ernie_jax.sharding import Layout
 from ernie_jax.train.data import Batch
-from ernie_jax.train.losses import IGNORED, balanced_bias, expert_usage, routing_entropy, token_losses
+from ernie_jax.train.losses import IGNORED, balanced_bias, expert_usage, routing_entropy, summed_loss
 from ernie_jax.train.optimizer import make_optimizer, make_schedule
 from ernie_jax.train.recipe import Recipe
 from ernie_jax.train.weights import Parameters, Plan, Weights
@@ -158,27 +158,27 @@ class Trainer:
         real = batch.segments.reshape(-1) >= 0
         usages = [expert_usage(routing.experts, self.config.moe_num_experts, real) for routing in out.routing]
         entropy = sum((routing_entropy(routing.probabilities, real) for routing in out.routing), jnp.float32(0))
-        loss = self._token_losses(model, out.hidden, batch.targets).sum()
+        loss = self._loss(model, out.hidden, batch.targets)
         return Sums(loss, dict(zip(self._biases, usages, strict=True)), entropy)
 
-    def _token_losses(self, model: Ernie, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        """Return the losses of all tokens, [T]: each device takes a part of them and the head's whole weight."""
+    def _loss(self, model: Ernie, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        """Return the sum over all tokens: each device takes a part of them and the head's whole weight."""
         weight, bias = model.head_weights()
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         devices = self._layout.size("token")
         if devices == 1:
-            return token_losses(hidden, weight, bias, targets)
+            return summed_loss(hidden, weight, bias, targets)
         more = -len(targets) % devices
         hidden, targets = jnp.pad(hidden, ((0, more), (0, 0))), jnp.pad(targets, (0, more), constant_values=IGNORED)
         tokens, whole = self._layout.spec(("token",)), self._layout.spec(())
         spread = jax.shard_map(
-            token_losses,
+            lambda *part: summed_loss(*part)[None],
             mesh=self._layout.mesh,
             in_specs=(tokens, whole, whole, tokens),
             out_specs=tokens,
             check_vma=False,  # the gradient of its own that a chunk brings knows no such types
         )
-        return spread(hidden, weight, bias, targets)
+        return spread(hidden, weight, bias, targets).sum()
 
     def _gradients(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[Parameters, Sums]:
         """Return the gradient of the loss per `count`, and what the batch adds up to."""
