@@ -105,6 +105,9 @@ class Pace:
     A step is taken to need 6 operations for each weight that a token goes through, 4 if that is frozen and there are
     adapters to learn, and 12 for each number of a query and each position that it sees; what is computed again does
     not count.
+
+    Attributes:
+      operations: so many, since then.
     """
 
     def __init__(self, config: ModelConfig, layout: Layout, sizes: dict[str, int], adapters: bool):
@@ -123,21 +126,21 @@ class Pace:
 
     def restart(self) -> None:
         """Measure from now on."""
-        self._tokens, self._operations, self._since = 0, 0.0, time.perf_counter()
+        self._tokens, self.operations, self._since = 0, 0.0, time.perf_counter()
 
     def count(self, batch: Batch) -> None:
         """Take in a batch, as it is on the host."""
         real = batch.segments >= 0
         self._tokens += batch.tokens.size
         seen = int(np.sum(batch.positions + 1, where=real))
-        self._operations += self._per_token * int(real.sum()) + self._per_seen * seen
+        self.operations += self._per_token * int(real.sum()) + self._per_seen * seen
 
     def measure(self) -> dict[str, float]:
         """Return tokens a second, padding too, and where they are known the use of the peak arithmetic and memory."""
         seconds = time.perf_counter() - self._since
         found = {"tokens_per_second": self._tokens / seconds}
         if self._peak:
-            found["mfu"] = self._operations / seconds / self._peak
+            found["mfu"] = self.operations / seconds / self._peak
         stats = [device.memory_stats() or {} for device in self._layout.mesh.local_devices]
         if peaks := [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]:
             found["memory_gb"] = max(peaks) / 1e9

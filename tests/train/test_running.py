@@ -149,11 +149,11 @@ def test_pace(config, batch):
     pace = Pace(config, single(), sizes, adapters=False)
     pace.count(batch)
     seen = 8 * sum(range(1, 17))
-    assert pace._operations == 6 * 128 * (100 + 800 * 2 / 8 + 10) + 12 * 2 * 8 * 16 * seen
+    assert pace.operations == 6 * 128 * (100 + 800 * 2 / 8 + 10) + 12 * 2 * 8 * 16 * seen
     sizes["layers.1.mlp.experts.down.lora_a"] = 40
     frozen = Pace(config, single(), sizes, adapters=True)
     frozen.count(batch)
-    assert frozen._operations == 128 * (4 * (100 + 200 + 10) + 6 * 10) + 12 * 2 * 8 * 16 * seen
+    assert frozen.operations == 128 * (4 * (100 + 200 + 10) + 6 * 10) + 12 * 2 * 8 * 16 * seen
     assert pace.measure().keys() == {"tokens_per_second"}  # nothing is known of CPUs
     assert chips.find("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]
     assert chips.find("TPU v5 lite") is chips.CHIPS["v5e"] and chips.find("cpu") is None
