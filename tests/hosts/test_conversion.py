@@ -148,7 +148,7 @@ def test_parts(source, rng, monkeypatch, count):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 2000)
     origin = converter.Source(str(source))
     model = converter.read_model(origin)
-    placements, _ = converter.place(model.config, model.tensors, str(source), "")
+    placements, _ = model.place(model.config)
     shapes = {path: spec.shape for path, spec in converter.parameter_specs(model.config).items()}
     dtypes = converter.parameter_dtypes(model.config, placements, None)
     listed = [c for parameter in chunks.plan_parameters(placements, shapes, dtypes) for c in parameter.chunks()]
