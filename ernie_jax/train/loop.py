@@ -18,7 +18,7 @@ from ernie_jax.config import read_json
 from ernie_jax.errors import UserError
 from ernie_jax.paths import storage_path
 from ernie_jax.sharding import make_layout, single
-from ernie_jax.train.data import claim_data, load_data
+from ernie_jax.train.data import PreferenceData, claim_data, load_data
 from ernie_jax.train.metrics import Metrics
 from ernie_jax.train.recipe import Recipe
 from ernie_jax.train.samples import Samples
@@ -51,6 +51,11 @@ def run(
     """
     config = read_config(recipe)
     training, heldout, digests = load_data(recipe, config)
+    if isinstance(training, PreferenceData):
+        raise UserError(
+            "the sources hold pairs of answers, which main.py data shows and no objective of a recipe learns from yet; "
+            "train on one answer each"
+        )
     layout = make_layout(config, jax.devices(), mesh, sharding) if mesh or sharding else single()
     trainer = Trainer(recipe, config, layout)
     # Orbax takes no relative paths.
