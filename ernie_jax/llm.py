@@ -125,8 +125,8 @@ class LLM:
           dtype: of weights, and of the cache without a kv_dtype: bfloat16, float32 or float16; default: the
             checkpoint's. Routers stay float32.
           progress: show a bar while restoring.
-          adapter: directory of an adapter that was trained on this model. It is added to the weights in memory; weights
-            in int8 stay as they are, and it is computed beside them.
+          adapter: directory of an adapter that was trained on this model. It is added to the weights in memory;
+            quantised ones stay as they are, and it is computed beside them.
           **options: fields of EngineOptions, such as cache_tokens, kv_dtype and max_sequences.
 
         Raises:

@@ -107,6 +107,7 @@ def test_routing_is_what_scoring_goes_by(llm):
     found = jax.jit(ernie_jax.routing)(llm.model, tokens)
     for layer, routed, counts in zip(llm.config.moe_layers, found, counted, strict=True):
         assert routed.experts.shape == routed.weights.shape == (2, 32, 2) and routed.probabilities.shape == (2, 32, 8)
+        assert routed.log_total.shape == (2, 32)
         biased = routed.probabilities + llm.model.layers[layer].mlp.router.correction_bias[...]
         np.testing.assert_array_equal(routed.experts, jax.lax.top_k(biased, 2)[1])
         np.testing.assert_allclose(routed.weights.sum(-1), 1, atol=1e-5)

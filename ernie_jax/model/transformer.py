@@ -191,7 +191,7 @@ def routing(model: Ernie, tokens: jax.Array) -> tuple[Routing, ...]:
     A pure function, ready for `jax.jit`.
     """
     found = _run(model, tokens).routing
-    return tuple(Routing(*(array.reshape(*tokens.shape, -1) for array in routed)) for routed in found)
+    return jax.tree.map(lambda array: array.reshape(*tokens.shape, *array.shape[1:]), found)
 
 
 def _run(model: Ernie, tokens: jax.Array) -> ModelOutput:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ernie_jax.chips import CHIPS, Chip
 from ernie_jax.config import ModelConfig
 from ernie_jax.engine.aot import decode_shape, lower_step, prefill_shape
-from ernie_jax.engine.cache import PAGE_SIZE, check_kv_dtype
+from ernie_jax.engine.cache import PAGE_SIZE, check_kv_dtype, parse_kv_dtype
 from ernie_jax.errors import UserError
 from ernie_jax.planner import costs
 from ernie_jax.planner.compilation import Program, TooLarge, compile_all
@@ -299,8 +299,10 @@ def suggest(plan: Plan) -> Iterator[str]:
         if other := fitting(dataclasses.replace(request, config=config)):
             yield f"--quantize={form} --sharding={other.layout.preset}"
             break
-    if request.cached.itemsize > 1 and (other := fitting(dataclasses.replace(request, kv_dtype=jnp.dtype(jnp.int8)))):
-        yield f"--kv_dtype=int8 --sharding={other.layout.preset}"
+    narrow = "fp8" if request.topology.chip.platform == "tpu" else "int8"  # on TPUs there is a kernel for fp8 alone
+    narrower = dataclasses.replace(request, kv_dtype=parse_kv_dtype(narrow, request.dtype))
+    if request.cached.itemsize > 1 and (other := fitting(narrower)):
+        yield f"--kv_dtype={narrow} --sharding={other.layout.preset}"
     if 0 < plan.most_sequences < request.batch:
         yield f"--batch={plan.most_sequences}, each of {request.context:,} tokens"
     if PAGE_SIZE <= plan.longest_context < request.context:

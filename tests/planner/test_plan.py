@@ -60,9 +60,13 @@ def test_an_8_bit_cache(large):
     found = make_plan(dataclasses.replace(request, kv_dtype=jnp.dtype(jnp.int8)), "expert")
     assert found.cache == (16 * 64 + 1) * 128 * 28 * 8 * (128 + 4) // 2
     assert found.weights == make_plan(request, "expert").weights
-    batch = make_plan(request, "expert").most_sequences + 1
-    over = make_plan(request_for(large, "h100:2", batch=batch), "expert")
-    assert "--kv_dtype=int8 --sharding=expert" in list(suggest(over))
+
+
+@pytest.mark.parametrize(("where", "preset", "form"), [("h100:2", "expert", "int8"), ("v5e:2x4", "expert+data", "fp8")])
+def test_an_8_bit_cache_is_named_where_it_would_fit(where, preset, form, large):
+    batch = make_plan(request_for(large, where), preset).most_sequences + 1
+    over = make_plan(request_for(large, where, batch=batch), preset)
+    assert any(advice.startswith(f"--kv_dtype={form} --sharding=") for advice in suggest(over))
 
 
 def test_an_8_bit_cache_on_a_slice_keeps_heads_together(large):
