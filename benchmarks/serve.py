@@ -55,6 +55,7 @@ _HEADER = (
 
 def main(_) -> None:
     values = flags.FLAGS
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as main.py does, for the same room in the cache
     logging.set_verbosity(logging.WARNING)  # Orbax reports every load
     try:
         cases = [_case(text) for text in _CASE.value]

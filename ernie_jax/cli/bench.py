@@ -155,10 +155,10 @@ class _Bench:
     def row(self, case) -> None:
         """Measure a case and print its row, or why there is none."""
         from ernie_jax.bench import report
-        from ernie_jax.bench.measure import Decode, measure
+        from ernie_jax.bench.measure import measure
 
         values = self._values
-        spread = values.spread if isinstance(case, Decode) else 0.0
+        spread = _spread(values, case)
         row, problem = None, "left out: --time_limit is over"
         if not self._over():
             row, problem = self._attempt(
@@ -181,7 +181,7 @@ class _Bench:
             return
         self.say(report.line(row))
         self.found["rows"].append(row.to_object())
-        if isinstance(case, Decode) and self._llm.config.is_moe:
+        if case.kind == "decode" and self._llm.config.is_moe:
             self._count_experts(row)
         if values.profile:
             self._trace(case)
@@ -264,7 +264,7 @@ def _cases(values: flags.FlagValues, config: ModelConfig) -> list:
         batch, *own = _numbers("batch", text, 2)
         for context in own or contexts:
             case = Decode(batch, context, *(lengths or (_LENGTHS_ALONE if batch == 1 else _LENGTHS)))
-            if round(context * (1 + values.spread)) + case.long > most:
+            if round(context * (1 + _spread(values, case))) + case.long > most:
                 raise UserError(
                     f"--context={context} with {case.long} new tokens (--lengths) exceeds the model's context of {most}"
                 )
@@ -278,6 +278,11 @@ def _cases(values: flags.FlagValues, config: ModelConfig) -> list:
     if not cases:
         raise UserError("nothing to measure; give --batch or --prefill")
     return cases
+
+
+def _spread(values: flags.FlagValues, case) -> float:
+    """Return how much a case's prompts differ in length; a single one is as long as it is said to be."""
+    return values.spread if case.kind == "decode" and case.batch > 1 else 0.0
 
 
 def _number(flag: str, text: str) -> int:
