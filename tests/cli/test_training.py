@@ -68,7 +68,7 @@ def test_from_a_file_to_a_served_adapter(folder, capsys):
 
 def test_a_preference_moves(folder, capsys):
     convert, *_ = commands("From a JSONL file to a served adapter")
-    before, train, after = commands("Pairs of answers")
+    train, before, after = commands("Pairs of answers")
     run(convert)
     run(train, "--set=steps=3", "--set=warmup_steps=1", "--set=batch_size=1", "--set=evaluate_every=3")
     assert "held-out pairs of sums: 100.0% have the greater reward" in capsys.readouterr().out
