@@ -63,29 +63,27 @@ def test_what_is_minimised_is_the_sum_of_what_is_asked_for(ahead, batch):
             targets = shifted_targets(batch.targets, batch.segments, depth)
             found["mtp"] += next_token(model, states, targets) / count / 2
         found |= {"balance": 0, "z": 0, "orthogonality": orthogonality_loss(parameters[ROUTER])}
+        probabilities, totals = (
+            array.reshape(4, 32, -1) for array in (whole.routing[0].probabilities, whole.routing[0].log_total)
+        )
         for part in range(2):  # whose means count alike
-            out, _ = run_model(model, jax.tree.map(lambda rows: rows[part::2], batch))  # noqa: B023
-            real = jnp.ones(out.routing[0].log_total.shape, bool)
-            found["balance"] += load_balance_loss(out.routing[0].probabilities, 2, real) / 2
-            found["z"] += z_loss(out.routing[0].log_total, real) / 2
+            real = jnp.ones(64, bool)
+            found["balance"] += load_balance_loss(probabilities[part::2].reshape(64, -1), 2, real) / 2
+            found["z"] += z_loss(totals[part::2].reshape(64), real) / 2
         weights = {"loss": 1, "mtp": 0.7, "balance": 0.2, "z": 0.3, "orthogonality": 0.5}
         return sum(weights[name] * value for name, value in found.items()), found
 
     pull, found = jax.jit(jax.grad(expected, has_aux=True))(state.parameters)
     counted = trainer._objective.counts(batch)
-    gradients, _ = jax.jit(trainer._gradients)(state, batch, counted)
+    gradients, sums = jax.jit(trainer._gradients)(state, batch, counted)
     assert {name for name in gradients if name.startswith("mtp.")}
     for name, value in gradients.items():
         np.testing.assert_allclose(value, pull[name], rtol=1e-3, atol=1e-5, err_msg=name)
-    _, metrics = trainer.step(state, batch)
-    for name, metric in {
-        "loss": "train_loss",
-        "mtp": "train_mtp_loss",
-        "balance": "router_balance",
-        "z": "router_z",
-        "orthogonality": "router_orthogonality",
-    }.items():
-        np.testing.assert_allclose(metrics[metric], found[name], rtol=1e-5, err_msg=name)
+    metrics = trainer._objective.metrics(sums.objective, counted) | trainer._routers.metrics(sums.routers)
+    for name in ("balance", "z", "orthogonality"):
+        np.testing.assert_allclose(metrics[f"router_{name}"], found[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(metrics["loss"], found["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["mtp_loss"], found["mtp"], rtol=1e-5)
 
 
 def test_routers_are_made_orthogonal_after_the_optimiser(started, config, batch):
@@ -149,14 +147,14 @@ def preferring(started):
 
 
 def three_steps(recipe, config, pairs, layout):
-    """Return the metrics of each step, and the parameters after them."""
+    """Return the trainer, the metrics of each step, and the state after them."""
     trainer = Trainer(recipe, config, layout)
     state, metrics = trainer.initial_state(), []
     placed = trainer.place(pairs)
     for _ in range(3):
         state, values = trainer.step(state, placed)
         metrics.append(jax.device_get(values))
-    return metrics, jax.device_get(state.parameters), trainer.evaluate(state, [pairs])
+    return trainer, metrics, state
 
 
 @pytest.fixture(scope="module")
@@ -165,17 +163,17 @@ def alone(preferring, config, pairs):
 
 
 def test_a_step_on_pairs_minimises_what_its_functions_say(preferring, config, pairs, alone):
-    trainer = Trainer(preferring, config, single())
+    trainer, metrics, state = alone
+    held = trainer.evaluate(state, [pairs])
     model = trainer.bind(trainer.initial_state())
     rows = interleaved(pairs.chosen, pairs.rejected)
-    logits = model.logits(run_model(model, rows)[0].hidden)
+    logits = jax.jit(lambda model: model.logits(run_model(model, rows)[0].hidden))(model)
     targets = jnp.where(rows.targets == IGNORED, 0, rows.targets)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     chosen, rejected = sides(answers(logprobs, rows.targets, rows.segments, 2))
     options, real = preferring.preference_options, pairs.pairs >= 0
     sums = preference_sums(options, chosen, rejected, pairs.reference, real)
     expected = preference_objective(options, sums, 31, np.sum(pairs.chosen.targets != IGNORED))
-    metrics, _, held = alone
     np.testing.assert_allclose(metrics[0]["train_loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics[0]["train_chosen_logprob"], chosen.logprobs[real].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics[0]["train_rejected_logprob"], rejected.logprobs[real].mean(), rtol=1e-5)
@@ -187,10 +185,10 @@ def test_a_step_on_pairs_minimises_what_its_functions_say(preferring, config, pa
 
 def test_steps_on_pairs_are_the_same_in_parts_over_eight_devices(preferring, config, pairs, alone):
     layout = make_layout(config, jax.devices(), preset="expert")
-    metrics, parameters, held = three_steps(dataclasses.replace(preferring, accumulate=2), config, pairs, layout)
-    for one, other in zip(metrics, alone[0], strict=True):
+    _, metrics, state = three_steps(dataclasses.replace(preferring, accumulate=2), config, pairs, layout)
+    _, others, whole = alone
+    for one, other in zip(metrics, others, strict=True):
         for name, value in other.items():
             np.testing.assert_allclose(one[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
-    for name, value in alone[1].items():
-        np.testing.assert_allclose(parameters[name], value, atol=1e-4, err_msg=name)
-    assert held == pytest.approx(alone[2], rel=1e-4, abs=1e-4)
+    for name, value in whole.parameters.items():
+        np.testing.assert_allclose(state.parameters[name], value, atol=1e-4, err_msg=name)
