@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -105,9 +106,14 @@ def identity(model: Ernie, manifest: dict) -> str:
     It is made of the norms and the routers' biases, which no form rounds and full training moves, and of the adapters
     that were merged into it.
     """
-    leaves = sorted((".".join(map(str, path)), leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(model)))
+    leaves = nnx.to_flat_state(nnx.state(model))
+    return fingerprint({".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}, manifest)
+
+
+def fingerprint(weights: Mapping[str, jax.Array], manifest: dict) -> str:
+    """Return the identity of the model with these weights, by dotted path."""
     told = hashlib.sha256(json.dumps(manifest.get("merged", [])).encode())
-    for name, leaf in leaves:
+    for name, leaf in sorted(weights.items()):
         if ("norm" in name or name.endswith("correction_bias")) and not name.startswith("mtp."):
             told.update(f"{name} {leaf.shape}".encode())
             told.update(np.asarray(leaf).astype(ml_dtypes.bfloat16).tobytes())

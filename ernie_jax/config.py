@@ -22,7 +22,8 @@ QUANTIZED_FORMS = ("int8", "fp8", "int4")
 _ARCHITECTURES = {"Ernie4_5_ForCausalLM": "ernie4_5", "Ernie4_5_MoeForCausalLM": "ernie4_5_moe"}
 
 # Fields that occur in published or re-saved config files and change nothing in the forward pass of a released model.
-_IGNORED_FIELDS = frozenset("""
+_IGNORED_FIELDS = frozenset(
+    """
     _name_or_path _attn_implementation _attn_implementation_autoset architectures auto_map transformers_version
     torch_dtype dtype use_cache return_dict return_dict_in_generate output_attentions output_hidden_states
     output_router_logits output_scores id2label label2id num_labels problem_type chunk_size_feed_forward
@@ -42,7 +43,8 @@ _IGNORED_FIELDS = frozenset("""
     token_balance_loss token_balance_seqlen disable_ffn_model_parallel disable_pipeline_warmup
     micro_batch_size use_sparse_head_and_loss_fn
     loss_subbatch_seqlen skip_recompute_ops embedding_dropout add_tail_layers global_aux_loss use_fast_ln model_name
-""".split())  # noqa: SIM905
+""".split()
+)  # noqa: SIM905
 _IGNORED_PREFIXES = ("fuse_", "use_fused_", "use_sparse_", "pipeline_parallel", "virtual_pp", "fp8_", "use_fp8")
 
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -108,9 +110,7 @@ class ModelConfig:
                 if getattr(self, name) < 1:
                     raise UserError(f"config field {name} is {getattr(self, name)}: it must be at least 1")
             if self.moe_k > self.moe_num_experts:
-                raise UserError(
-                    f"config field moe_k ({self.moe_k}) exceeds moe_num_experts ({self.moe_num_experts})"
-                )
+                raise UserError(f"config field moe_k ({self.moe_k}) exceeds moe_num_experts ({self.moe_num_experts})")
 
     @property
     def is_moe(self) -> bool:

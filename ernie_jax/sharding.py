@@ -176,9 +176,7 @@ class Shard:
       layout: of a view that is whole, over which devices parts can be divided by hand; None: there are no others.
     """
 
-    def __init__(
-        self, table: Table, sizes: Mapping[str, int], exchanges: bool = False, layout: Layout | None = None
-    ):
+    def __init__(self, table: Table, sizes: Mapping[str, int], exchanges: bool = False, layout: Layout | None = None):
         self._table, self._sizes, self.exchanges, self.layout = table, sizes, exchanges, layout
 
     def axes(self, *logical: str) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from absl import flags
 
 from ernie_jax.cli import hosts, models
@@ -21,9 +23,15 @@ def _train(values: flags.FlagValues) -> None:
     hosts.refuse_several("train")
     from ernie_jax.train import train
 
-    perplexities = train(values.config, values["set"].value, mesh=values.mesh, sharding=values.sharding)
-    for source, perplexity in perplexities.items():
-        print(f"held-out perplexity of {source}: {perplexity:.3f}")
+    heldout = train(values.config, values["set"].value, mesh=values.mesh, sharding=values.sharding)
+    for source, found in heldout.items():
+        if "reward_margin" in found:
+            print(
+                f"held-out pairs of {source}: {found['reward_accuracy']:.1%} have the greater reward for the chosen "
+                f"answer, by {found['reward_margin']:.3f} on average"
+            )
+        else:
+            print(f"held-out perplexity of {source}: {math.exp(found['loss']):.3f}")
 
 
 TRAIN = Command(
@@ -35,6 +43,7 @@ TRAIN = Command(
         "main.py train --config=configs/train_embedded.toml --set=steps=100 --set=output=out/short",
         "main.py train --config=configs/sft_lora_1gpu.toml --set=learning_rate=2e-4 --set=sources.chat.times=2",
         "main.py train --config=configs/sft_full.toml --sharding=fsdp",
+        "main.py train --config=configs/dpo_lora.toml --set=preference.beta=0.2",
     ),
     _define,
     _train,

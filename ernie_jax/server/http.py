@@ -193,9 +193,7 @@ class Recorder:
     Endpoints find an `account` in the request's state, and may leave `caller` and `endpoint` there.
     """
 
-    def __init__(
-        self, app: ASGIApp, model: str, access: OpenAccess, log: Log, ledger: NoLedger, metrics: NoMetrics
-    ):
+    def __init__(self, app: ASGIApp, model: str, access: OpenAccess, log: Log, ledger: NoLedger, metrics: NoMetrics):
         self._app = app
         self._model = model
         self._access = access

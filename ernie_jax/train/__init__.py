@@ -29,7 +29,7 @@ def train(
     progress: bool = True,
     mesh: str | None = None,
     sharding: str | None = None,
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """Run the recipe in a TOML file with some fields overridden ("name=value"); see `run`."""
     from ernie_jax.train.loop import run
 

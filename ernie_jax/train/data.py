@@ -46,11 +46,19 @@ class PreferenceBatch(NamedTuple):
       chosen, rejected: rows whose targets are the answers.
       pairs: [B, S] int32 number of each segment's pair in the training data, the same in all epochs; -1 is padding. S
         is `PreferenceData.segments`.
+      reference: [B, S] float32 each, the log-probabilities of the chosen and of the rejected answers by the model that
+        a run started from; None where they are not known.
     """
 
     chosen: Batch
     rejected: Batch
     pairs: np.ndarray
+    reference: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def batch_sides(batch: Batch | PreferenceBatch) -> tuple[Batch, ...]:
+    """Return all the rows of a batch: of pairs, the chosen and the rejected answers'."""
+    return (batch,) if isinstance(batch, Batch) else (batch.chosen, batch.rejected)
 
 
 class Part(NamedTuple):
@@ -190,6 +198,7 @@ class PreferenceData(_Rows):
     """An endless sequence of batches of pairs: each epoch shuffles all pairs.
 
     Attributes:
+      count: of different pairs.
       segments: no row has more pairs.
     """
 
@@ -199,6 +208,7 @@ class PreferenceData(_Rows):
         turns = [math.ceil(part.times) + (part.times % 1 > 0) for part in parts]
         repeats = np.repeat(turns, np.diff(self._firsts))
         shortest = [np.sort(np.repeat(side, repeats)).cumsum() for side in self._lengths.T]
+        self.count = len(self._lengths)
         self.segments = min(int((ends <= length).sum()) for ends in shortest)
 
     def batch(self, step: int) -> PreferenceBatch:

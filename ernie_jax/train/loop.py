@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -18,9 +18,10 @@ from ernie_jax.config import read_json
 from ernie_jax.errors import UserError
 from ernie_jax.paths import storage_path
 from ernie_jax.sharding import make_layout, single
-from ernie_jax.train.data import PreferenceData, claim_data, load_data
+from ernie_jax.train.data import PreferenceData, TrainingData, batch_sides, claim_data, load_data
 from ernie_jax.train.metrics import Metrics
 from ernie_jax.train.recipe import Recipe
+from ernie_jax.train.reference import Reference, needs_reference
 from ernie_jax.train.samples import Samples
 from ernie_jax.train.trainer import Trainer, TrainState
 from ernie_jax.train.watch import Guard, Interrupts, Pace, describe
@@ -29,7 +30,7 @@ from ernie_jax.train.weights import read_config
 
 def run(
     recipe: Recipe, progress: bool = True, mesh: str | None = None, sharding: str | None = None
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """Train, or go on where an interrupted run of the same recipe last saved, and write what was trained.
 
     Continuing is exact: data order depends on seed and step alone, so the weights come out bit-equal to those of a run
@@ -42,7 +43,7 @@ def run(
         layout, and then is equal within rounding.
 
     Returns:
-      source -> perplexity of its held-out documents.
+      source -> what is left of its held-out examples at the end: the mean loss and whatever else the objective tells.
 
     Raises:
       UserError: if inputs are missing or do not fit together, `output` holds another or a finished run, or a loss is
@@ -50,12 +51,8 @@ def run(
       KeyboardInterrupt: after a signal to end, when the state is saved.
     """
     config = read_config(recipe)
-    training, heldout, digests = load_data(recipe, config)
-    if isinstance(training, PreferenceData):
-        raise UserError(
-            "the sources hold pairs of answers, which main.py data shows and no objective of a recipe learns from yet; "
-            "train on one answer each"
-        )
+    data = load_data(recipe, config)
+    _check_kind(recipe, data.training)
     layout = make_layout(config, jax.devices(), mesh, sharding) if mesh or sharding else single()
     trainer = Trainer(recipe, config, layout)
     # Orbax takes no relative paths.
@@ -64,30 +61,39 @@ def run(
 
     with _Saves(output / "state", recipe) as saves, Interrupts() as interrupts:
         start = saves.latest
-        claim_data(output, digests, start)
-        state = saves.restore(trainer)
+        claim_data(output, data.digests, start)
+        reference = Reference(recipe, output, data) if needs_reference(recipe) else None
+
+        def meet(first: TrainState) -> None:
+            if reference:
+                reference.compute(trainer, first, interrupts, progress)
+
+        state = saves.restore(trainer, meet)
+        training, heldout = reference or data.training, reference.heldout() if reference else data.heldout
         samples = Samples(recipe, trainer, output, start) if recipe.sample_prompts else None
         metrics = Metrics(output, start)
         guard = Guard(recipe.loss_spike, output, lambda step: training.batch(step - 1))
         sizes = {name: leaf.size for name, leaf in trainer.plan.abstract.items()}
-        pace = Pace(config, layout, sizes, adapters=recipe.lora is not None)
+        pace = Pace(config, layout, sizes, recipe.lora is not None, ahead=bool(recipe.mtp_weight))
+        places = recipe.batch_size * recipe.sequence_length * (1 if recipe.preference is None else 2)
         began = time.perf_counter()
         with tqdm(total=recipe.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
             for step in range(start + 1, recipe.steps + 1):
                 batch = training.batch(step - 1)
                 state, values = trainer.step(state, trainer.place(batch))
-                pace.count(batch)
+                pace.count(*batch_sides(batch))
                 guard.follow(step, values)
                 last = step == recipe.steps
                 evaluates = last or step % recipe.evaluate_every == 0
                 if logs := evaluates or step % recipe.log_every == 0:
                     guard.settle()
-                    row = {"step": step, "tokens": step * batch.tokens.size, "seconds": time.perf_counter() - began}
+                    row = {"step": step, "tokens": step * places, "seconds": time.perf_counter() - began}
                     row |= {"learning_rate": float(trainer.schedule(step - 1))}
                     row |= {name: float(value) for name, value in values.items() if not value.shape}
                     row |= pace.measure()
                     if evaluates:
-                        row |= {f"{name}_loss": trainer.evaluate(state, held) for name, held in heldout.items()}
+                        for name, held in heldout.items():
+                            row |= {f"{name}_{what}": value for what, value in trainer.evaluate(state, held).items()}
                         row |= {name: value.tolist() for name, value in values.items() if value.shape}
                     metrics.add(row)
                     bar.set_postfix_str(describe(row), refresh=False)
@@ -108,7 +114,22 @@ def run(
                     pace.restart()
         saves.finish()
     _write_result(output, recipe, trainer, state)
-    return {name: math.exp(trainer.evaluate(state, held)) for name, held in heldout.items()}
+    return {name: trainer.evaluate(state, held) for name, held in heldout.items()}
+
+
+def _check_kind(recipe: Recipe, training: TrainingData | PreferenceData) -> None:
+    """Check that the sources hold what the recipe learns from."""
+    pairs = isinstance(training, PreferenceData)
+    if pairs and recipe.preference is None:
+        raise UserError(
+            "the sources hold pairs of answers, and the recipe has no field preference: give it that, or sources with "
+            "one answer each"
+        )
+    if not pairs and recipe.preference is not None:
+        raise UserError(
+            "the recipe field preference is for pairs of answers, and the sources hold one answer each: leave it out, "
+            "or give sources with pairs"
+        )
 
 
 class _Saves:
@@ -136,9 +157,10 @@ class _Saves:
         latest = self._checkpointer.latest
         return latest.step if latest else 0
 
-    def restore(self, trainer: Trainer) -> TrainState:
-        """Return the state after the last step that was saved, or the first one."""
+    def restore(self, trainer: Trainer, meet: Callable[[TrainState], None]) -> TrainState:
+        """Return the state after the last step that was saved, or the first one; `meet` sees the first one anyhow."""
         state = trainer.initial_state()
+        meet(state)
         if not self.latest:
             return state
         frozen, abstract = state.frozen, trainer.abstract_state()

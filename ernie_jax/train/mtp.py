@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from ernie_jax.model import Backends, Ernie
 from ernie_jax.model.layers import DEFAULT_BACKENDS, Attend, rotary_angles
 from ernie_jax.train.losses import IGNORED
-
-WEIGHT = 0.3  # of the mean of the depths' losses, beside the main one: ERNIE's pre-training
 
 
 def predictions(
@@ -19,6 +19,7 @@ def predictions(
     positions: jax.Array,
     attend: Attend,
     backends: Backends = DEFAULT_BACKENDS,
+    remember: Callable[[Callable], Callable] = lambda block: block,
 ) -> list[jax.Array]:
     """Return for each depth d, from 1 on, the hidden states [B, T, D] that predict token t + d + 1 by the model's head.
 
@@ -27,14 +28,17 @@ def predictions(
     Args:
       hidden: [B, T, D], `ModelOutput.hidden` of the same tokens.
       tokens, positions: [B, T] int32.
-      attend: as for the model.
+      attend, remember: as for the model.
     """
     angles = rotary_angles(positions, model.config)
-    found = []
+
+    def run(block, hidden, embedded):
+        return block(hidden, embedded, angles, attend, backends=backends)[0]
+
+    run, found = remember(run), []
     for depth, block in enumerate(model.mtp, start=1):
         with jax.named_scope(f"mtp_{depth}"):
-            x, _ = block(hidden, model.embed(_ahead(tokens, depth, 0)), angles, attend, backends=backends)
-            hidden = model.norm(x)
+            hidden = model.norm(run(block, hidden, model.embed(_ahead(tokens, depth, 0))))
         found.append(hidden)
     return found
 

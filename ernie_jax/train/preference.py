@@ -2,60 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ernie_jax.errors import UserError
 from ernie_jax.train.data import Batch
 from ernie_jax.train.losses import IGNORED
-
-VARIANTS = ("sigmoid", "hinge", "ipo", "simpo", "dpop")
-
-
-@dataclasses.dataclass(frozen=True)
-class PreferenceOptions:
-    """Say what is minimised.
-
-    Attributes:
-      variant: one of VARIANTS.
-      beta: how much a log-probability counts that moves away from the reference.
-      label_smoothing: how often the pairs are thought to be the wrong way round; of sigmoid and simpo.
-      normalize_lengths: bring the sums of log-probabilities of a pair's answers to their mean length; ipo and simpo
-        take means per token instead.
-      simpo_margin: by how much simpo wants the chosen answer ahead.
-      dpop_weight: what dpop multiplies a loss of probability of the chosen answer by.
-      preference_weight, sft_weight: of the preference loss, and of the chosen answers' cross-entropy beside it.
-
-    Raises:
-      UserError: naming the field, if a value is out of range.
-    """
-
-    variant: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    normalize_lengths: bool = True
-    simpo_margin: float = 0.5
-    dpop_weight: float = 50.0
-    preference_weight: float = 1.0
-    sft_weight: float = 0.0
-
-    def __post_init__(self):
-        if self.variant not in VARIANTS:
-            raise UserError(f"variant of the preference loss is {self.variant!r}: choose one of {', '.join(VARIANTS)}")
-        if self.beta <= 0:
-            raise UserError(f"beta of the preference loss is {self.beta}: it must be above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing is {self.label_smoothing}: it must be from 0 to below 0.5")
-        if self.label_smoothing and self.variant not in ("sigmoid", "simpo"):
-            raise UserError(f"label_smoothing is for the variants sigmoid and simpo, not {self.variant}: leave it at 0")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Tell whether log-probabilities of a reference model take part."""
-        return self.variant != "simpo"
+from ernie_jax.train.preference_options import PreferenceOptions
 
 
 class Answers(NamedTuple):
@@ -75,13 +29,14 @@ class PreferenceSums(NamedTuple):
 
     Attributes:
       loss: the preference loss.
-      chosen_loss: cross-entropy of the chosen answers' tokens.
+      chosen_loss, rejected_loss: cross-entropy of the answers' tokens.
       chosen_reward, rejected_reward: beta times the log-probability gained on the reference, lengths normalised.
       correct: how many chosen answers have the greater reward.
     """
 
     loss: jax.Array
     chosen_loss: jax.Array
+    rejected_loss: jax.Array
     chosen_reward: jax.Array
     rejected_reward: jax.Array
     correct: jax.Array
@@ -126,6 +81,7 @@ def preference_sums(
     values = (
         _losses(options, gained_chosen, gained_rejected),
         -chosen.logprobs,
+        -rejected.logprobs,
         *rewards,
         (rewards[0] > rewards[1]).astype(jnp.float32),
     )

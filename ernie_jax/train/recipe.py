@@ -13,6 +13,8 @@ from etils import epath
 
 from ernie_jax.errors import UserError
 from ernie_jax.lora import TARGETS, LoRA
+from ernie_jax.train.fields import check_fields
+from ernie_jax.train.preference_options import PreferenceOptions
 from ernie_jax.train.sources import LONG_EXAMPLES, read_sources
 
 _POSITIVE = ("steps", "batch_size", "sequence_length", "accumulate", "log_every", "evaluate_every", "save_every")
@@ -60,6 +62,11 @@ class Recipe:
       lora_plus: what the learning rate of the adapters' second matrices is multiplied by (LoRA+).
       lora_targets: which linear layers get adapters: attention, dense, shared, routed.
       bias_update_rate: step of the routers' correction bias towards equal use of the experts, unless it is frozen.
+      router_balance_weight, router_z_weight, router_orthogonality_weight: of the routers' losses, each summed over the
+        MoE layers, beside the loss of the tokens.
+      router_orthogonality_rate: of a step of the routers' weights towards orthogonal rows, after the optimiser's.
+      mtp_weight: of the mean loss of the depths of multi-token prediction; 0 leaves their weights as they are.
+      preference: the fields of a PreferenceOptions, with which pairs of answers are learnt from; none: one answer each.
       log_every, evaluate_every, save_every: steps between rows of metrics.jsonl, between measures of the held-out loss,
         and between saves.
       keep_last: how many saves are kept.
@@ -107,6 +114,12 @@ class Recipe:
     lora_targets: Sequence[str] = TARGETS
     init_scale: float = 0.02
     bias_update_rate: float = 1e-3
+    router_balance_weight: float = 0.0
+    router_z_weight: float = 0.0
+    router_orthogonality_weight: float = 0.0
+    router_orthogonality_rate: float = 0.0
+    mtp_weight: float = 0.0
+    preference: Mapping[str, Any] | None = None
     remat: str = "none"
     dtype: str = "bfloat16"
     expert_backend: str = "dense"
@@ -121,14 +134,7 @@ class Recipe:
     sample_tokens: int = 64
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            kind, value = field.type, getattr(self, field.name)
-            if kind == "float" and type(value) is int:
-                object.__setattr__(self, field.name, value := float(value))
-            if not _is_of(kind, value):
-                raise UserError(f"recipe field {field.name} must be {_describe(kind)}, found {value!r}")
-            if kind == "float" and not 0 <= value < float("inf"):
-                raise UserError(f"recipe field {field.name} is {value}: it must be a number from 0 up")
+        check_fields(self, "recipe field ")
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe field {name} is {getattr(self, name)}: it must be at least 1")
@@ -146,6 +152,7 @@ class Recipe:
             )
         if self.lora_rank:
             _ = self.lora  # which checks its fields
+        self._check_preference()
         if not 0 <= self.warmup_steps < self.steps:
             raise UserError(f"recipe field warmup_steps is {self.warmup_steps}: it must be from 0 to below steps")
         read_sources(self.sources)
@@ -161,6 +168,24 @@ class Recipe:
             return None
         return LoRA(self.lora_rank, self.lora_alpha, self.lora_rank_stabilised, tuple(self.lora_targets))
 
+    def _check_preference(self) -> None:
+        if self.preference is None:
+            return
+        known = [field.name for field in dataclasses.fields(PreferenceOptions)]
+        if unknown := sorted(set(self.preference) - set(known)):
+            raise UserError(f"recipe field preference has no {', '.join(unknown)}; it has {', '.join(known)}")
+        _ = self.preference_options  # which checks its fields
+        if not self.checkpoint:
+            raise UserError("recipe field preference starts from a model that answers: give checkpoint, not model")
+        for name in ("mtp_weight", "token_balanced"):
+            if getattr(self, name):
+                raise UserError(f"recipe field {name} is for training on one answer each: leave it out with preference")
+
+    @property
+    def preference_options(self) -> PreferenceOptions | None:
+        """What is learnt from pairs of answers; None where there are none."""
+        return None if self.preference is None else PreferenceOptions(**self.preference)
+
     @property
     def directory(self) -> str:
         """The directory of the model's config and tokenizer."""
@@ -172,28 +197,6 @@ class Recipe:
         if frozen is None:
             frozen = _FROZEN_IN_CHECKPOINTS if self.checkpoint else ()
         return any(fnmatch.fnmatchcase(parameter, pattern) for pattern in frozen)
-
-
-_KINDS = {
-    "int": ("a whole number", int),
-    "float": ("a number", float),
-    "str": ("a text", str),
-    "bool": ("true or false", bool),
-    "Mapping[str, Any]": ("a table", Mapping),
-    "Sequence[str]": ("a list of texts", Sequence),
-}
-
-
-def _describe(kind: str) -> str:
-    return _KINDS[kind.removesuffix(" | None")][0]
-
-
-def _is_of(kind: str, value) -> bool:
-    if kind.endswith(" | None"):
-        return value is None or _is_of(kind.removesuffix(" | None"), value)
-    if kind == "Sequence[str]":
-        return isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
-    return isinstance(value, _KINDS[kind][1]) and isinstance(value, bool) == (kind == "bool")
 
 
 def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:

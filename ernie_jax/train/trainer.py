@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,12 +15,22 @@ from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 from ernie_jax.model import Backends, Ernie
 from ernie_jax.model.adapters import UP
+from ernie_jax.model.layers import Routing
 from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, packed_attention
 from ernie_jax.sharding import Layout
-from ernie_jax.train.data import Batch
-from ernie_jax.train.losses import IGNORED, balanced_bias, expert_usage, routing_entropy, summed_loss
+from ernie_jax.train.data import Batch, PreferenceBatch
+from ernie_jax.train.losses import balanced_bias, expert_usage, routing_entropy
+from ernie_jax.train.objectives import (
+    ROUTER_BIAS,
+    ROUTER_WEIGHT,
+    Forward,
+    RouterLosses,
+    check_objectives,
+    make_objective,
+)
 from ernie_jax.train.optimizer import make_optimizer, make_schedule
 from ernie_jax.train.recipe import Recipe
+from ernie_jax.train.router_losses import orthogonalized
 from ernie_jax.train.weights import Parameters, Plan, Weights
 
 _REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -48,12 +57,14 @@ class Sums(NamedTuple):
     """What a batch, or a part of one, adds up to.
 
     Attributes:
-      loss: summed over all targets, float32.
+      objective: the sums of the recipe's objective.
+      routers: the routers' losses, by name.
       usage: of the experts [E], by name of their layer's bias.
       entropy: of the routers' probabilities in nats, over all real tokens and MoE layers.
     """
 
-    loss: jax.Array
+    objective: NamedTuple
+    routers: dict[str, jax.Array]
     usage: dict[str, jax.Array]
     entropy: jax.Array
 
@@ -81,12 +92,14 @@ class Trainer:
             )
         self.config, self._recipe, self._layout = config, recipe, layout
         self.plan = Plan(recipe, config, layout)
-        self._biases = [f"layers.{i}.mlp.router.correction_bias" for i in config.moe_layers]
+        check_objectives(recipe, config, self.plan.trained)
+        self._objective, self._routers = make_objective(recipe, config, layout), RouterLosses(recipe, config)
         self.schedule = make_schedule(recipe)
         ups = [name for name in self.plan.trained if name.endswith(UP)]
         self._optimizer = make_optimizer(recipe, self.schedule, dict.fromkeys(ups, recipe.lora_plus))
         self.step = jax.jit(self._step, donate_argnums=0)
         self.evaluate_batch = jax.jit(self._evaluate_batch)
+        self.logprobs = jax.jit(self._logprobs, out_shardings=layout.sharding())
         self._extend = jax.jit(self._extended, static_argnums=3)
 
     def initial_state(self) -> TrainState:
@@ -113,15 +126,15 @@ class Trainer:
         """Return the model with the weights of a state, rounded to the recipe's dtype; router tensors stay float32."""
         return self.plan.bind(Weights(state.parameters, state.frozen))
 
-    def place(self, batch: Batch) -> Batch:
+    def place(self, batch: Batch | PreferenceBatch) -> Batch | PreferenceBatch:
         """Put the rows of a batch where the layout wants them."""
         return jax.tree.map(lambda rows: self._layout.put(rows, ("group", None)), batch)
 
-    def evaluate(self, state: TrainState, batches: list[Batch]) -> float:
-        """Return the mean loss over all targets of some batches, in nats."""
-        sums = [self.evaluate_batch(state, self.place(batch)) for batch in batches]
-        loss, count = (math.fsum(map(float, part)) for part in zip(*sums, strict=True))
-        return loss / count
+    def evaluate(self, state: TrainState, batches: list[Batch] | list[PreferenceBatch]) -> dict[str, float]:
+        """Return the means over all of some batches, by name: the loss in nats, and what else the objective tells."""
+        found = [jax.device_get(self.evaluate_batch(state, self.place(batch))) for batch in batches]
+        total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *found)
+        return {name: float(value) for name, value in self._objective.metrics(*total).items()}
 
     def extend(self, state: TrainState, rows: np.ndarray, lengths: np.ndarray, vocab_size: int) -> jax.Array:
         """Fill rows [B, T], of which the first lengths [B] tokens are given, with the likeliest tokens."""
@@ -146,54 +159,51 @@ class Trainer:
 
         return jax.lax.fori_loop(0, rows.shape[1] - lengths.min(), step, rows)
 
-    def _sums(self, weights: Weights, batch: Batch) -> Sums:
-        model = self.plan.bind(weights)
+    def _forward(self, weights: Weights, batch: Batch | PreferenceBatch) -> tuple[Forward, tuple[Routing, ...]]:
+        model, rows = self.plan.bind(weights), self._objective.rows(batch)
 
         def attend(q, k, v, cache):
-            return packed_attention(q, k, v, batch.segments), cache
+            return packed_attention(q, k, v, rows.segments), cache
 
         backends, remember = Backends(self._recipe.expert_backend), _REMAT[self._recipe.remat]
         shard = self._layout.whole()
-        out = model(batch.tokens, batch.positions, attend, backends=backends, shard=shard, remember=remember)
-        real = batch.segments.reshape(-1) >= 0
-        usages = [expert_usage(routing.experts, self.config.moe_num_experts, real) for routing in out.routing]
-        entropy = sum((routing_entropy(routing.probabilities, real) for routing in out.routing), jnp.float32(0))
-        loss = self._loss(model, out.hidden, batch.targets)
-        return Sums(loss, dict(zip(self._biases, usages, strict=True)), entropy)
+        out = model(rows.tokens, rows.positions, attend, backends=backends, shard=shard, remember=remember)
+        return Forward(model, rows, out.hidden, attend, backends, remember), out.routing
 
-    def _loss(self, model: Ernie, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        """Return the sum over all tokens: each device takes a part of them and the head's whole weight."""
-        weight, bias = model.head_weights()
-        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        devices = self._layout.size("token")
-        if devices == 1:
-            return summed_loss(hidden, weight, bias, targets)
-        more = -len(targets) % devices
-        hidden, targets = jnp.pad(hidden, ((0, more), (0, 0))), jnp.pad(targets, (0, more), constant_values=IGNORED)
-        tokens, whole = self._layout.spec(("token",)), self._layout.spec(())
-        spread = jax.shard_map(
-            lambda *part: summed_loss(*part)[None],
-            mesh=self._layout.mesh,
-            in_specs=(tokens, whole, whole, tokens),
-            out_specs=tokens,
-            check_vma=False,  # the gradient of its own that a chunk brings knows no such types
+    def _sums(self, weights: Weights, batch: Batch | PreferenceBatch) -> Sums:
+        forward, routing = self._forward(weights, batch)
+        real = forward.rows.segments.reshape(-1) >= 0
+        usages = [expert_usage(one.experts, self.config.moe_num_experts, real) for one in routing]
+        biases = map(ROUTER_BIAS.format, self.config.moe_layers)
+        return Sums(
+            self._objective.sums(forward, batch),
+            self._routers.sums(forward.model, routing, real),
+            dict(zip(biases, usages, strict=True)),
+            sum((routing_entropy(one.probabilities, real) for one in routing), jnp.float32(0)),
         )
-        return spread(hidden, weight, bias, targets).sum()
 
-    def _gradients(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[Parameters, Sums]:
-        """Return the gradient of the loss per `count`, and what the batch adds up to."""
+    def _logprobs(self, state: TrainState, batch: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
+        """Return those of the chosen and of the rejected answers, [B, S] each."""
+        forward, _ = self._forward(Weights(state.parameters, state.frozen), batch)
+        chosen, rejected = self._objective.answers(forward, batch)
+        return chosen.logprobs, rejected.logprobs
 
-        def part(parameters, batch):
-            sums = self._sums(Weights(parameters, state.frozen), batch)
-            return sums.loss / count, sums
+    def _gradients(
+        self, state: TrainState, batch: Batch | PreferenceBatch, counts: NamedTuple
+    ) -> tuple[Parameters, Sums]:
+        """Return the gradient of what is minimised, and what the batch adds up to."""
+
+        def part(parameters, rows):
+            sums = self._sums(Weights(parameters, state.frozen), rows)
+            return self._objective.value(sums.objective, counts, batch) + self._routers.value(sums.routers), sums
 
         differentiate = jax.grad(part, has_aux=True)
         parts = self._recipe.accumulate
         if parts == 1:
             return differentiate(state.parameters, batch)
 
-        def step(total, batch):
-            return jax.tree.map(jnp.add, total, differentiate(state.parameters, batch)), None
+        def step(total, rows):
+            return jax.tree.map(jnp.add, total, differentiate(state.parameters, rows)), None
 
         # Every group has rows in each part.
         batches = jax.tree.map(lambda rows: jnp.moveaxis(rows.reshape(-1, parts, rows.shape[1]), 1, 0), batch)
@@ -208,19 +218,24 @@ class Trainer:
         shardings = {name: self.plan.abstract[name].sharding for name in parameters}
         return jax.lax.with_sharding_constraint(parameters, shardings)
 
-    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        count = jnp.maximum(jnp.sum(batch.targets != IGNORED), 1)
-        gradients, sums = self._gradients(state, batch, batch.targets.size if self._recipe.token_balanced else count)
+    def _step(self, state: TrainState, batch: Batch | PreferenceBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        counts = self._objective.counts(batch)
+        gradients, sums = self._gradients(state, batch, counts)
         updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         for name, used in sums.usage.items():
             if name in parameters:
                 parameters[name] = balanced_bias(parameters[name], used, self._recipe.bias_update_rate)
+        if rate := self._recipe.router_orthogonality_rate:
+            for name in map(ROUTER_WEIGHT.format, self.config.moe_layers):
+                if name in parameters:
+                    parameters[name] = orthogonalized(parameters[name], rate)
         parameters = self._constrained(parameters)
         drift = [jnp.abs(parameters[name] - parameters[name].mean()).max() for name in sums.usage if name in parameters]
-        metrics = {"train_loss": sums.loss / count, "gradient_norm": optax.tree.norm(gradients)}
+        metrics = {f"train_{name}": value for name, value in self._objective.metrics(sums.objective, counts).items()}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients)} | self._routers.metrics(sums.routers)
         if sums.usage:
-            metrics |= self._routing_metrics(sums, jnp.sum(batch.segments >= 0))
+            metrics |= self._routing_metrics(sums, jnp.sum(self._objective.rows(batch).segments >= 0))
         if drift:
             metrics["bias_drift"] = jnp.stack(drift).max()
         return TrainState(parameters, optimizer, state.frozen), metrics
@@ -234,6 +249,6 @@ class Trainer:
             "router_entropy": sums.entropy / jnp.maximum(tokens * len(used), 1),
         }
 
-    def _evaluate_batch(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        loss = self._sums(Weights(state.parameters, state.frozen), batch).loss
-        return loss, jnp.sum(batch.targets != IGNORED)
+    def _evaluate_batch(self, state: TrainState, batch: Batch | PreferenceBatch) -> tuple[NamedTuple, NamedTuple]:
+        sums = self._sums(Weights(state.parameters, state.frozen), batch)
+        return sums.objective, self._objective.counts(batch)

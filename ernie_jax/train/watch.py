@@ -19,7 +19,7 @@ from ernie_jax import chips
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 from ernie_jax.sharding import Layout
-from ernie_jax.train.data import Batch
+from ernie_jax.train.data import Batch, PreferenceBatch
 
 _WINDOW, _LEAST = 32, 8  # losses whose mean a spike is seen against, and how many it takes
 
@@ -31,7 +31,7 @@ class Guard:
       batch: step, counted from 1 -> what it learnt from.
     """
 
-    def __init__(self, spike: float, output: epath.Path, batch: Callable[[int], Batch]):
+    def __init__(self, spike: float, output: epath.Path, batch: Callable[[int], Batch | PreferenceBatch]):
         self._spike, self._output, self._batch = spike, output, batch
         self._waiting: collections.deque = collections.deque()
         self._losses: collections.deque = collections.deque(maxlen=_WINDOW)
@@ -67,7 +67,8 @@ class Guard:
     def _stop(self, step: int, what: str) -> None:
         file = self._output / f"batch-{step}.npz"
         with file.open("wb") as opened:
-            np.savez(opened, **self._batch(step)._asdict())
+            leaves = jax.tree_util.tree_leaves_with_path(self._batch(step))
+            np.savez(opened, **{jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves})
         raise UserError(
             f"{what}; its batch is saved as {file}. Look at that, make learning_rate smaller or loss_spike larger, and "
             "choose another output"
@@ -106,20 +107,28 @@ class Pace:
     adapters to learn, and 12 for each number of a query and each position that it sees; what is computed again does
     not count.
 
+    Args:
+      sizes: of the weights, by name.
+      adapters: are learnt.
+      ahead: tokens beyond the next one are learnt, which takes the head once more for each depth.
+
     Attributes:
       operations: so many, since then.
     """
 
-    def __init__(self, config: ModelConfig, layout: Layout, sizes: dict[str, int], adapters: bool):
+    def __init__(self, config: ModelConfig, layout: Layout, sizes: dict[str, int], adapters: bool, ahead: bool = False):
         self._layout = layout
         share = config.moe_k / config.moe_num_experts if config.is_moe else 0.0
+        depths = config.num_nextn_predict_layers if ahead else 0
+        head = "embed.weight" if config.tie_word_embeddings else "head.weight"
         self._per_token = 0.0
         for name, size in sizes.items():
-            if name.startswith("mtp.") or name == "embed.weight" and not config.tie_word_embeddings:
+            if name.startswith("mtp.") and not depths or name == "embed.weight" != head:
                 continue
             operations = 4 if adapters and ".lora_" not in name else 6
-            self._per_token += operations * size * (share if ".experts." in name else 1.0)
-        self._per_seen = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+            times = 1 + depths if name == head else share if ".experts." in name else 1.0
+            self._per_token += operations * size * times
+        self._per_seen = 12 * (config.num_hidden_layers + depths) * config.num_attention_heads * config.head_dim
         chip = chips.find(layout.mesh.devices.flat[0].device_kind)
         self._peak = chip and chip.device_flops * layout.mesh.size
         self.restart()
@@ -128,12 +137,13 @@ class Pace:
         """Measure from now on."""
         self._tokens, self.operations, self._since = 0, 0.0, time.perf_counter()
 
-    def count(self, batch: Batch) -> None:
-        """Take in a batch, as it is on the host."""
-        real = batch.segments >= 0
-        self._tokens += batch.tokens.size
-        seen = int(np.sum(batch.positions + 1, where=real))
-        self.operations += self._per_token * int(real.sum()) + self._per_seen * seen
+    def count(self, *batches: Batch) -> None:
+        """Take in what a step learns from, as it is on the host."""
+        for batch in batches:
+            real = batch.segments >= 0
+            self._tokens += batch.tokens.size
+            seen = int(np.sum(batch.positions + 1, where=real))
+            self.operations += self._per_token * int(real.sum()) + self._per_seen * seen
 
     def measure(self) -> dict[str, float]:
         """Return tokens a second, padding too, and where they are known the use of the peak arithmetic and memory."""

@@ -52,8 +52,8 @@ class Plan:
         self.graph, state = nnx.split(model)
         self.leaves = nnx.to_flat_state(state)
         placed = flat(shard_abstract(state, layout))
-        # No objective reaches the weights of multi-token prediction: weight decay alone would move them.
-        learns = _is_adapter if recipe.lora else lambda name: not name.startswith("mtp.")
+        # Where no objective reaches the weights of multi-token prediction, weight decay alone would move them.
+        learns = _is_adapter if recipe.lora else lambda name: bool(recipe.mtp_weight) or not name.startswith("mtp.")
         self.trained = {name for name in placed if learns(name) and not recipe.freezes(name)}
         if not self.trained:
             raise UserError("recipe field frozen leaves no parameter to train")

@@ -60,14 +60,6 @@ def test_pairs_are_shown_side_by_side(run, recipe):
     assert ", chosen: " in result.out and ", rejected: " in result.out and result.out.count("]]</s>") == 2
 
 
-def test_pairs_are_not_trained_on(run, recipe, tmp_path):
-    output = tmp_path / "out"
-    changes = ("--set=sources={p={train='preference.jsonl'}}", f"--set=output={output}")
-    result = run("train", f"--config={recipe}", *changes)
-    assert result.code == 1 and "error: the sources hold pairs of answers" in result.err
-    assert "Traceback" not in result.err and not output.exists()
-
-
 def test_every_bad_line_is_told(run, recipe, tmp_path):
     good = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "id": 7}
     path = tmp_path / "bad.jsonl"

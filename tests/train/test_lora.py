@@ -66,8 +66,12 @@ def test_gradients_are_those_that_merged_weights_imply(lora, started, config, ba
         path = name.removesuffix("lora_a")
         pairs[path + "weight"] = down, up = adapters[name], scale * adapters[path + "lora_b"]
         merged[path + "weight"] = add(merged[path + "weight"], down, up)
-    loss, found = jax.jit(jax.value_and_grad(lambda a: ours._sums(Weights(a, state.frozen), batch).loss))(adapters)
-    other, gradients = jax.jit(jax.value_and_grad(lambda w: whole._sums(Weights(w, {}), batch).loss))(merged)
+
+    def losses(trainer, frozen):
+        return jax.jit(jax.value_and_grad(lambda w: trainer._sums(Weights(w, frozen), batch).objective.loss))
+
+    loss, found = losses(ours, state.frozen)(adapters)
+    other, gradients = losses(whole, {})(merged)
     np.testing.assert_allclose(loss, other, rtol=1e-5)
     for name, (down, up) in pairs.items():
         path = name.removesuffix("weight")

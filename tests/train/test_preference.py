@@ -13,15 +13,14 @@ from ernie_jax.errors import UserError
 from ernie_jax.train.data import Batch
 from ernie_jax.train.losses import IGNORED
 from ernie_jax.train.preference import (
-    VARIANTS,
     Answers,
-    PreferenceOptions,
     answers,
     interleaved,
     preference_objective,
     preference_sums,
     sides,
 )
+from ernie_jax.train.preference_options import VARIANTS, PreferenceOptions
 
 ROWS, LENGTH, SEGMENTS = 8, 40, 4
 PUBLISHED = {
@@ -72,7 +71,7 @@ def test_variants_match_the_published_code(name, published):
 
 def exact_sums(options, chosen, rejected, reference, real):
     """Return the sums of `preference_sums` in float64, of pairs one by one."""
-    sums = np.zeros(5)
+    sums = np.zeros(6)
     for place in np.argwhere(real):
         at = tuple(place)
         lengths = np.array([chosen.lengths[at], rejected.lengths[at]], np.float64)
@@ -95,7 +94,7 @@ def exact_sums(options, chosen, rejected, reference, real):
             score = beta * lead - options.simpo_margin * (options.variant == "simpo")
             right, wrong = np.log1p(np.exp(-score)), np.log1p(np.exp(score))
             loss = (1 - options.label_smoothing) * right + options.label_smoothing * wrong
-        sums += [loss, -policy[0], *(beta * gained), gained[0] > gained[1]]
+        sums += [loss, *-policy, *(beta * gained), gained[0] > gained[1]]
     return sums
 
 
@@ -168,10 +167,12 @@ def test_interleaved_rows_stay_in_order():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"variant": "kto"}, "variant of the preference loss is 'kto': choose one of sigmoid"),
-        ({"beta": 0.0}, "beta of the preference loss is 0.0: it must be above 0"),
-        ({"label_smoothing": 0.5}, "label_smoothing is 0.5: it must be from 0 to below 0.5"),
-        ({"variant": "hinge", "label_smoothing": 0.1}, "label_smoothing is for the variants sigmoid and simpo"),
+        ({"variant": "kto"}, "preference.variant is 'kto': choose one of sigmoid"),
+        ({"beta": 0}, "preference.beta is 0: it must be above 0"),
+        ({"beta": "much"}, "preference.beta must be a number, found 'much'"),
+        ({"sft_weight": -1.0}, "preference.sft_weight is -1.0: it must be a number from 0 up"),
+        ({"label_smoothing": 0.5}, "preference.label_smoothing is 0.5: it must be from 0 to below 0.5"),
+        ({"variant": "hinge", "label_smoothing": 0.1}, "preference.label_smoothing is for sigmoid and simpo"),
     ],
 )
 def test_bad_options(fields, message):

@@ -20,7 +20,7 @@ from ernie_jax.llm import LLM
 from ernie_jax.sharding import single
 from ernie_jax.text import Tokenizer
 from ernie_jax.train import run
-from ernie_jax.train.data import TrainingData
+from ernie_jax.train.data import PreferenceBatch, TrainingData
 from ernie_jax.train.metrics import Metrics
 from ernie_jax.train.watch import Guard, Pace
 
@@ -117,8 +117,10 @@ def test_samples_are_what_the_model_says(started, config, tmp_path):
 
 
 def test_losses_that_go_wrong_stop_the_run_with_their_batch(tmp_path, batch):
+    pairs = PreferenceBatch(batch, batch, batch.segments, (batch.positions, batch.targets))
+
     def follow(*losses, spike=5.0):
-        guard = Guard(spike, tmp_path, lambda step: batch)
+        guard = Guard(spike, tmp_path, lambda step: batch if step < 10 else pairs)
         for step, loss in enumerate(losses, 1):
             guard.follow(step, {"train_loss": loss, "gradient_norm": 1.0})
         guard.settle()
@@ -129,6 +131,9 @@ def test_losses_that_go_wrong_stop_the_run_with_their_batch(tmp_path, batch):
         np.testing.assert_array_equal(saved["targets"], batch.targets)
     with pytest.raises(UserError, match="the loss jumped from 2.000 to 7.500 at step 10"):
         follow(*[2.0] * 9, 7.5)
+    with np.load(tmp_path / "batch-10.npz") as saved:
+        np.testing.assert_array_equal(saved["rejected.targets"], batch.targets)
+        np.testing.assert_array_equal(saved["reference.0"], batch.positions)
     follow(*[2.0] * 9, 6.5)
     follow(*[2.0] * 9, 7.5, spike=0.0)
     follow(2.0, 9.0)  # too early to know
@@ -154,6 +159,10 @@ def test_pace(config, batch):
     frozen = Pace(config, single(), sizes, adapters=True)
     frozen.count(batch)
     assert frozen.operations == 128 * (4 * (100 + 200 + 10) + 6 * 10) + 12 * 2 * 8 * 16 * seen
+    deep = dataclasses.replace(config, num_nextn_predict_layers=1)  # which takes the embedding, its head, once more
+    ahead = Pace(deep, single(), sizes, adapters=False, ahead=True)
+    ahead.count(batch, batch)
+    assert ahead.operations == 2 * (6 * 128 * (2 * 100 + 200 + 10 + 9 + 10) + 12 * 3 * 8 * 16 * seen)
     assert pace.measure().keys() == {"tokens_per_second"}  # nothing is known of CPUs
     assert chips.find("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]
     assert chips.find("TPU v5 lite") is chips.CHIPS["v5e"] and chips.find("cpu") is None
