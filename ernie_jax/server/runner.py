@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
@@ -25,6 +26,9 @@ from ernie_jax.server.protocol import ApiError
 
 RETRY_SECONDS = 1
 _MOST_FAILURES = 3  # steps in a row that fail before the server gives up
+# How long the event loop's thread may keep the engine's waiting for the interpreter: a step's calls into JAX give it away
+# several times, and each time it would wait for Python's 5 ms while hundreds of streams have something to send.
+_SWITCH_SECONDS = 5e-4
 
 _log = logging.getLogger(__name__)
 
@@ -142,6 +146,7 @@ class Runner:
     def start(self) -> None:
         """Start the thread; call it in the event loop that will iterate over the streams."""
         self._loop = asyncio.get_running_loop()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread.start()
 
     @property
