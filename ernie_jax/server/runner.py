@@ -26,8 +26,8 @@ from ernie_jax.server.protocol import ApiError
 
 RETRY_SECONDS = 1
 _MOST_FAILURES = 3  # steps in a row that fail before the server gives up
-# How long the event loop's thread may keep the engine's waiting for the interpreter: a step's calls into JAX give it away
-# several times, and each time it would wait for Python's 5 ms while hundreds of streams have something to send.
+# How long the event loop's thread may keep the engine's waiting for the interpreter: a step's calls into JAX give it
+# away several times, and each time it would wait for Python's 5 ms while hundreds of streams have something to send.
 _SWITCH_SECONDS = 5e-4
 
 _log = logging.getLogger(__name__)
