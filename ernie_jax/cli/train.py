@@ -11,10 +11,7 @@ from ernie_jax.cli.command import Command, require
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("config", None, "the recipe, a TOML file of configs/", flag_values=values)
-    flags.DEFINE_multi_string(
-        "set", [], "name=value: override a recipe field, or one in a table: sources.chat.times=2", flag_values=values
-    )
+    models.define_recipe_flags(values)
     models.define_layout_flags(values, "one device")
 
 

@@ -122,6 +122,12 @@ class Trainer:
         optimizer = jax.eval_shape(self._optimizer.init, trained)
         return TrainState(trained, jax.tree_util.tree_map_with_path(place, optimizer), frozen)
 
+    def lower(self) -> jax.stages.Lowered:
+        """Lower `step` from shapes alone; the devices of the layout need not be here."""
+        shape = self._recipe.batch_size, self._recipe.sequence_length
+        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._layout.sharding(("group", None)))
+        return self.step.lower(self.abstract_state(), Batch(rows, rows, rows, rows))
+
     def bind(self, state: TrainState) -> Ernie:
         """Return the model with the weights of a state, rounded to the recipe's dtype; router tensors stay float32."""
         return self.plan.bind(Weights(state.parameters, state.frozen))
