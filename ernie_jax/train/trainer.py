@@ -163,7 +163,7 @@ class Trainer:
             logits = model.logits(out.hidden[every, place - 1])[:, :vocab_size]
             return rows.at[every, place].set(logits.argmax(-1).astype(rows.dtype), mode="drop")
 
-        return jax.lax.fori_loop(0, rows.shape[1] - lengths.min(), step, rows)
+        return self._everywhere(jax.lax.fori_loop(0, rows.shape[1] - lengths.min(), step, rows))
 
     def _forward(self, weights: Weights, batch: Batch | PreferenceBatch) -> tuple[Forward, tuple[Routing, ...]]:
         model, rows = self.plan.bind(weights), self._objective.rows(batch)
@@ -224,6 +224,10 @@ class Trainer:
         shardings = {name: self.plan.abstract[name].sharding for name in parameters}
         return jax.lax.with_sharding_constraint(parameters, shardings)
 
+    def _everywhere(self, values):
+        """Have values on every device, so that every process can read them."""
+        return jax.lax.with_sharding_constraint(values, self._layout.sharding())
+
     def _step(self, state: TrainState, batch: Batch | PreferenceBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         counts = self._objective.counts(batch)
         gradients, sums = self._gradients(state, batch, counts)
@@ -244,7 +248,7 @@ class Trainer:
             metrics |= self._routing_metrics(sums, jnp.sum(self._objective.rows(batch).segments >= 0))
         if drift:
             metrics["bias_drift"] = jnp.stack(drift).max()
-        return TrainState(parameters, optimizer, state.frozen), metrics
+        return TrainState(parameters, optimizer, state.frozen), self._everywhere(metrics)
 
     def _routing_metrics(self, sums: Sums, tokens: jax.Array) -> dict[str, jax.Array]:
         used = jnp.stack(list(sums.usage.values()))  # [layers, E]
@@ -257,4 +261,4 @@ class Trainer:
 
     def _evaluate_batch(self, state: TrainState, batch: Batch | PreferenceBatch) -> tuple[NamedTuple, NamedTuple]:
         sums = self._sums(Weights(state.parameters, state.frozen), batch)
-        return sums.objective, self._objective.counts(batch)
+        return self._everywhere((sums.objective, self._objective.counts(batch)))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ernie_jax import chips
+from ernie_jax import chips, distributed
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 from ernie_jax.sharding import Layout
@@ -67,9 +67,12 @@ class Guard:
 
     def _stop(self, step: int, what: str) -> None:
         file = self._output / f"batch-{step}.npz"
-        with file.open("wb") as opened:
+        if distributed.is_primary():
             leaves = jax.tree_util.tree_leaves_with_path(self._batch(step))
-            np.savez(opened, **{jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves})
+            named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+            with file.open("wb") as opened:
+                np.savez(opened, **named)
+        distributed.barrier("the batch is saved")
         raise UserError(
             f"{what}; its batch is saved as {file}. Look at that, make learning_rate smaller or loss_spike larger, and "
             "choose another output"

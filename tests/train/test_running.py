@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from ernie_jax import chips
+from ernie_jax import chips, distributed
 from ernie_jax.errors import UserError
 from ernie_jax.llm import LLM
 from ernie_jax.sharding import single
@@ -91,6 +91,12 @@ def test_on_another_mesh_it_goes_on_within_rounding(started, tmp_path, monkeypat
     run(moved, progress=False, sharding="expert")
     for one, other in zip(rows(moved.output), rows(whole.output), strict=True):
         np.testing.assert_allclose(one["train_loss"], other["train_loss"], rtol=1e-5)
+
+
+def test_several_processes_must_say_how_they_share_the_work(started, monkeypatch):
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="say how, as with --sharding=fsdp"):
+        run(started, progress=False)
 
 
 def test_samples_are_what_the_model_says(started, config, tmp_path):
