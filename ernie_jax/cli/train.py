@@ -13,6 +13,7 @@ from ernie_jax.cli.command import Command, require
 def _define(values: flags.FlagValues) -> None:
     models.define_recipe_flags(values)
     models.define_layout_flags(values, "one device")
+    flags.DEFINE_bool("tensorboard", False, "write metrics for TensorBoard, beside metrics.jsonl", flag_values=values)
     hosts.define_flags(values)
 
 
@@ -21,7 +22,8 @@ def _train(values: flags.FlagValues) -> None:
     hosts.join(values)
     from ernie_jax.train import train
 
-    heldout = train(values.config, values["set"].value, mesh=values.mesh, sharding=values.sharding)
+    layout = {"mesh": values.mesh, "sharding": values.sharding}
+    heldout = train(values.config, values["set"].value, tensorboard=values.tensorboard, **layout)
     for source, found in heldout.items():
         if "reward_margin" in found:
             print(

@@ -28,7 +28,11 @@ from ernie_jax.train.weights import read_config
 
 
 def run(
-    recipe: Recipe, progress: bool = True, mesh: str | None = None, sharding: str | None = None
+    recipe: Recipe,
+    progress: bool = True,
+    mesh: str | None = None,
+    sharding: str | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Train, or go on where an interrupted run of the same recipe last saved, and write what was trained.
 
@@ -41,6 +45,7 @@ def run(
       progress: show a bar with loss, tokens a second and time left.
       mesh, sharding: as for `sharding.make_layout`, over all devices; default: one device. A run may go on in another
         layout, and then is equal within rounding.
+      tensorboard: write metrics for TensorBoard, beside metrics.jsonl.
 
     Returns:
       source -> what is left of its held-out examples at the end: the mean loss and whatever else the objective tells.
@@ -66,6 +71,7 @@ def run(
     with _Saves(output / "state", recipe) as saves, Interrupts() as interrupts:
         start = distributed.broadcast(saves.latest)
         claim_data(output, data.digests, start)
+        metrics = Metrics(output, start, tensorboard) if distributed.is_primary() else None
         reference = Reference(recipe, output, data) if needs_reference(recipe) else None
         quiet = not (progress and distributed.is_primary())
 
@@ -76,7 +82,6 @@ def run(
         state = saves.restore(trainer, start, meet)
         training, heldout = reference or data.training, reference.heldout() if reference else data.heldout
         samples = Samples(recipe, trainer, output, start) if recipe.sample_prompts else None
-        metrics = Metrics(output, start) if distributed.is_primary() else None
         guard = Guard(recipe.loss_spike, output, lambda step: training.batch(step - 1))
         sizes = {name: leaf.size for name, leaf in trainer.plan.abstract.items()}
         pace = Pace(config, layout, sizes, recipe.lora is not None, ahead=bool(recipe.mtp_weight))
@@ -122,6 +127,8 @@ def run(
                 if logs:
                     pace.restart()
         saves.finish()
+    if metrics:
+        metrics.finish()
     _write_result(output, recipe, trainer, state)
     return {name: trainer.evaluate(state, held) for name, held in heldout.items()}
 
