@@ -1,7 +1,8 @@
 """Plan a recipe's training step for a TPU slice: whether it fits, the smallest slice that does, and its roofline.
 
-The step is compiled with so few layers that two programs differ by layers of one kind; each further layer is taken to
-add what the second has more than the first. Its weights, moments and operations are counted for the whole model.
+What is compiled are two programs with few layers and one part of a step, so that there is no loop whose inner work the
+compiler might move out while it is small: each further layer is taken to add what the second program has more than the
+first, and each further part to repeat what is sent. Weights, moments and operations are counted for the whole model.
 """
 
 from __future__ import annotations
@@ -137,12 +138,14 @@ def _measure(
     state = trainer.abstract_state()
     gradients = shard_bytes(state.parameters)
     plan = TrainingPlan(recipe, config, topology, layout, shard_bytes(state))
-    if plan.left < gradients:
+    sums = gradients if recipe.accumulate > 1 else 0  # of all parts, beside those of one
+    if plan.left < gradients + sums:
         return plan
     depths = _depths(config)
     layers = " and ".join(map(str, depths))
     announce(f"compiling {layers} layers for {topology.name}, sharding {layout.describe()}: some minutes")
-    trainers = {depth: Trainer(recipe, _cut(config, depth), layout) for depth in depths}
+    part = dataclasses.replace(recipe, batch_size=recipe.batch_size // recipe.accumulate, accumulate=1)
+    trainers = {depth: Trainer(part, _cut(config, depth), layout) for depth in depths}
     try:
         programs = compile_all({f"{depth} layers": one.lower() for depth, one in trainers.items()})
     except TooLarge as error:
@@ -154,10 +157,10 @@ def _measure(
     forward, model_flops = _operations(recipe, config, trainer)
     flops = (model_flops + (forward if recipe.remat == "layers" else 0)) / topology.devices
     moved = _moved(recipe, config, layout, trainer, gradients)
-    links, chip = _at(config, depths, sent), topology.chip
+    links, chip = recipe.accumulate * _at(config, depths, sent), topology.chip
     return dataclasses.replace(
         plan,
-        temporaries=int(_at(config, depths, temporaries)),
+        temporaries=int(_at(config, depths, temporaries)) + sums,
         depths=depths,
         flops=flops,
         model_flops=model_flops / topology.devices,
@@ -173,17 +176,18 @@ def _measure(
 
 
 def _depths(config: ModelConfig) -> tuple[int, ...]:
-    """Return how many layers to compile: all that come before the experts and one kind's, and one more of these."""
-    first, every = (config.moe_layer_start_index, config.moe_layer_interval) if config.is_moe else (0, 1)
-    first = -(-first // every) * every
-    if config.num_hidden_layers <= first + 2 * every:
+    """Return how many layers to compile."""
+    every = config.moe_layer_interval if config.is_moe else 1
+    if config.num_hidden_layers <= 2 * every:
         return (config.num_hidden_layers,)
-    return first + every, first + 2 * every
+    return every, 2 * every
 
 
 def _cut(config: ModelConfig, depth: int) -> ModelConfig:
-    end = min(config.moe_layer_end_index, depth - 1)
-    return dataclasses.replace(config, num_hidden_layers=depth, moe_layer_end_index=end)
+    """Return a model of so many layers, all of which could be among the experts' of the whole one."""
+    if depth == config.num_hidden_layers:
+        return config
+    return dataclasses.replace(config, num_hidden_layers=depth, moe_layer_start_index=0, moe_layer_end_index=depth - 1)
 
 
 def _at(config: ModelConfig, depths: tuple[int, ...], found: list[float]) -> float:
