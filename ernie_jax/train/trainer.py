@@ -105,8 +105,7 @@ class Trainer:
     def initial_state(self) -> TrainState:
         """Read or draw the weights that the recipe starts from."""
         weights = self.plan.start()
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().optimizer)
-        optimizer = jax.jit(self._optimizer.init, out_shardings=shardings)(weights.trained)
+        optimizer = jax.jit(self._optimizer.init, out_shardings=self._optimizer_shardings())(weights.trained)
         return TrainState(weights.trained, optimizer, weights.frozen)
 
     def abstract_state(self) -> TrainState:
@@ -116,7 +115,10 @@ class Trainer:
 
         def place(path, leaf):  # moments lie as the parameters that they are of
             names = (entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
-            sharding = next((trained[name].sharding for name in names if name in trained), self._layout.sharding())
+            of = next((trained[name] for name in names if name in trained), None)
+            sharding = self._layout.sharding() if of is None else of.sharding
+            if of is not None and leaf.shape != of.shape:  # one for each row
+                sharding = sharding.update(spec=jax.P(*sharding.spec[: leaf.ndim - 1]))
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         optimizer = jax.eval_shape(self._optimizer.init, trained)
@@ -127,6 +129,9 @@ class Trainer:
         shape = self._recipe.batch_size, self._recipe.sequence_length
         rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._layout.sharding(("group", None)))
         return self.step.lower(self.abstract_state(), Batch(rows, rows, rows, rows))
+
+    def _optimizer_shardings(self) -> optax.OptState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().optimizer)
 
     def bind(self, state: TrainState) -> Ernie:
         """Return the model with the weights of a state, rounded to the recipe's dtype; router tensors stay float32."""
@@ -232,6 +237,7 @@ class Trainer:
         counts = self._objective.counts(batch)
         gradients, sums = self._gradients(state, batch, counts)
         updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.parameters)
+        optimizer = jax.lax.with_sharding_constraint(optimizer, self._optimizer_shardings())
         parameters = optax.apply_updates(state.parameters, updates)
         for name, used in sums.usage.items():
             if name in parameters:
