@@ -43,8 +43,8 @@ _IGNORED_FIELDS = frozenset(
     token_balance_loss token_balance_seqlen disable_ffn_model_parallel disable_pipeline_warmup
     micro_batch_size use_sparse_head_and_loss_fn
     loss_subbatch_seqlen skip_recompute_ops embedding_dropout add_tail_layers global_aux_loss use_fast_ln model_name
-""".split()
-)  # noqa: SIM905
+""".split()  # noqa: SIM905
+)
 _IGNORED_PREFIXES = ("fuse_", "use_fused_", "use_sparse_", "pipeline_parallel", "virtual_pp", "fp8_", "use_fp8")
 
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

@@ -72,7 +72,7 @@ class TrainingPlan:
     @property
     def tokens(self) -> int:
         """Tokens of a step, of all devices."""
-        return self.recipe.batch_size * self.recipe.sequence_length
+        return _rows(self.recipe) * self.recipe.sequence_length
 
 
 def plan_training(
@@ -119,6 +119,11 @@ def smallest_slice(
     return None
 
 
+def _rows(recipe: Recipe) -> int:
+    """Return the rows of a step: of pairs, those of both answers."""
+    return recipe.batch_size * (1 if recipe.preference is None else 2)
+
+
 def _check(chip: Chip) -> None:
     if chip.platform != "tpu":
         raise UserError(f"plan --train compiles for TPU slices, and {chip.title} is none: try `main.py train` on it")
@@ -152,7 +157,7 @@ def _measure(
         return dataclasses.replace(plan, depths=depths, problem=str(error))
     temporaries, sent = [], []
     for one, program in zip(trainers.values(), programs.values(), strict=True):
-        temporaries.append(program.arguments + program.temporaries - _resident(one))
+        temporaries.append(program.arguments + program.temporaries - _resident(one, bool(recipe.mtp_weight)))
         sent.append(costs.link_bytes(program.collectives, topology))
     forward, model_flops = _operations(recipe, config, trainer)
     flops = (model_flops + (forward if recipe.remat == "layers" else 0)) / topology.devices
@@ -198,19 +203,19 @@ def _at(config: ModelConfig, depths: tuple[int, ...], found: list[float]) -> flo
     return max(0.0, found[1] + slope * (config.num_hidden_layers - depths[1]))
 
 
-def _resident(trainer: Trainer) -> int:
-    """Return the bytes of a state that a program takes: of multi-token prediction's weights it takes none."""
+def _resident(trainer: Trainer, ahead: bool) -> int:
+    """Return the bytes of a state that a program takes: not those of multi-token prediction that is not learnt."""
     state = trainer.abstract_state()
-    frozen = {name: leaf for name, leaf in state.frozen.items() if not name.startswith("mtp.")}
+    frozen = {name: leaf for name, leaf in state.frozen.items() if ahead or not name.startswith("mtp.")}
     return shard_bytes(state._replace(frozen=frozen))
 
 
 def _operations(recipe: Recipe, config: ModelConfig, trainer: Trainer) -> tuple[float, float]:
     """Return the operations of a step's forward pass, and of all of it, each row being one document."""
     sizes = {name: math.prod(leaf.shape) for name, leaf in trainer.plan.abstract.items()}
-    rows, length = recipe.batch_size, recipe.sequence_length
+    rows, length, ahead = _rows(recipe), recipe.sequence_length, bool(recipe.mtp_weight)
     seen = rows * length * (length + 1) // 2
-    forward, backward = operations(config, sizes, recipe.lora is not None, rows * length, seen)
+    forward, backward = operations(config, sizes, recipe.lora is not None, ahead, rows * length, seen)
     return forward, forward + backward
 
 
@@ -225,7 +230,7 @@ def _moved(recipe: Recipe, config: ModelConfig, layout: Layout, trainer: Trainer
     used = sum(
         math.prod(leaf.shape) // math.prod(shards[axis] for axis in leaf.axes if axis) * leaf.itemsize
         for leaf in costs.leaves(config, parse_dtype(recipe.dtype))
-        if not leaf.name.startswith("mtp.")
+        if recipe.mtp_weight or not leaf.name.startswith("mtp.")
     )
     reads = 3 if recipe.remat == "layers" else 2
     added = 2 * gradients if recipe.accumulate > 1 else 0

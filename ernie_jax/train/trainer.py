@@ -126,9 +126,16 @@ class Trainer:
 
     def lower(self) -> jax.stages.Lowered:
         """Lower `step` from shapes alone; the devices of the layout need not be here."""
-        shape = self._recipe.batch_size, self._recipe.sequence_length
-        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._layout.sharding(("group", None)))
-        return self.step.lower(self.abstract_state(), Batch(rows, rows, rows, rows))
+        count, length = self._recipe.batch_size, self._recipe.sequence_length
+
+        def rows(length, dtype=jnp.int32):
+            return jax.ShapeDtypeStruct((count, length), dtype, sharding=self._layout.sharding(("group", None)))
+
+        batch = Batch(*(rows(length) for _ in Batch._fields))
+        if options := self._recipe.preference_options:
+            known = (rows(1, jnp.float32),) * 2 if options.needs_reference else None
+            batch = PreferenceBatch(batch, batch, rows(1), known)  # one pair a row
+        return self.step.lower(self.abstract_state(), batch)
 
     def _optimizer_shardings(self) -> optax.OptState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().optimizer)

@@ -23,6 +23,8 @@ RECIPE = Recipe(
     accumulate=2, learning_rate=1e-3, remat="layers", expert_backend="batched",
 )  # fmt: skip
 
+PAIRS = dataclasses.replace(RECIPE, model="", checkpoint="m", preference={})
+
 
 def quiet(_: str) -> None:
     pass
@@ -47,7 +49,7 @@ def compiler(monkeypatch):
         for name, trainer in lowerings.items():
             depth = trainer.config.num_hidden_layers
             sent = Collective("all-gather", depth * 10**8, 10, 4)
-            found[name] = Program(training._resident(trainer), depth * GIB, (sent,), 1.0)
+            found[name] = Program(training._resident(trainer, ahead=False), depth * GIB, (sent,), 1.0)
         return found
 
     monkeypatch.setattr(Trainer, "lower", lower)
@@ -105,6 +107,12 @@ def test_bad_requests(deep):
         plan_training(RECIPE, deep, parse_topology("v5e:2x4"), None, None, quiet)
 
 
+def test_pairs_are_two_rows(deep, compiler):
+    plan = plan_training(RECIPE, deep, parse_topology("v5e:2x2"), None, None, quiet)
+    both = plan_training(PAIRS, deep, parse_topology("v5e:2x2"), None, None, quiet)
+    assert both.tokens == 2 * plan.tokens and both.flops == 2 * plan.flops
+
+
 def test_a_step_is_compiled_without_weights(small_config):
     """Of a dense model, quick to compile."""
     config = dataclasses.replace(small_config, model_type="ernie4_5", num_hidden_layers=1)
@@ -112,3 +120,4 @@ def test_a_step_is_compiled_without_weights(small_config):
     plan = plan_training(recipe, config, parse_topology("v5e:2x2"), None, None, quiet)
     assert plan.fits and plan.depths == (1,) and plan.temporaries > 0 and plan.roofline.sent > 0
     assert plan.flops == plan.model_flops
+    assert "f32[8,1]" in Trainer(PAIRS, config, plan.layout).lower().as_text("hlo")  # what the reference says of pairs
