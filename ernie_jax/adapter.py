@@ -30,7 +30,7 @@ from ernie_jax.lora import LoRA
 from ernie_jax.model import Ernie
 from ernie_jax.model.adapters import DOWN, UP, add, axes, declare, targeted
 from ernie_jax.paths import storage_path
-from ernie_jax.sharding import Layout, single
+from ernie_jax.sharding import Layout, single, whole
 
 FORMAT = "ernie_jax adapter"
 VERSION = 1
@@ -116,7 +116,7 @@ def fingerprint(weights: Mapping[str, jax.Array], manifest: dict) -> str:
     for name, leaf in sorted(weights.items()):
         if ("norm" in name or name.endswith("correction_bias")) and not name.startswith("mtp."):
             told.update(f"{name} {leaf.shape}".encode())
-            told.update(np.asarray(leaf).astype(ml_dtypes.bfloat16).tobytes())
+            told.update(whole(leaf).astype(ml_dtypes.bfloat16).tobytes())
     return told.hexdigest()
 
 

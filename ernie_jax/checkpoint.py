@@ -23,6 +23,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
+from ernie_jax import distributed
 from ernie_jax.config import ModelConfig, read_json
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
@@ -159,7 +160,7 @@ def save(
     source: str,
     merged: Sequence[str] = (),
 ) -> None:
-    """Write a model as a finished checkpoint; the manifest comes last.
+    """Write a model as a finished checkpoint; the manifest comes last. Every process of several writes its shards.
 
     Args:
       small_files: contents of config.json, which must be there, and of other SMALL_FILES.
@@ -170,8 +171,10 @@ def save(
       UserError: if the directory exists and is not empty.
     """
     directory = storage_path(directory)
-    check_empty(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    if distributed.is_primary():
+        check_empty(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+    distributed.barrier(f"{directory} is there")
     flat = {tuple(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
@@ -179,6 +182,8 @@ def save(
     context.array.saving.use_compression = False
     with context:
         ocp.save(directory / PARAMS, nnx.traversals.unflatten_mapping(flat))
+    if not distributed.is_primary():
+        return
     for name, content in small_files.items():
         (directory / name).write_bytes(content)
     manifest = {

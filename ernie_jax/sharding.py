@@ -270,6 +270,13 @@ def shard_abstract(state: nnx.State, layout: Layout) -> nnx.State:
     return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def whole(array: jax.Array) -> np.ndarray:
+    """Return all of an array in this process; every process whose devices have a part of it must ask for it."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = jax.jit(lambda x: x, out_shardings=NamedSharding(array.sharding.mesh, P()))(array)
+    return np.asarray(array)
+
+
 def shard_bytes(state: nnx.State) -> int:
     """Return the bytes that a device holds of an abstract state with shardings."""
     leaves = jax.tree.leaves(state)

@@ -78,6 +78,14 @@ def define_kv_dtype(values: flags.FlagValues) -> None:
     flags.DEFINE_string("kv_dtype", None, "of the KV cache: bfloat16, int8 or fp8; default: dtype", flag_values=values)
 
 
+def define_recipe_flags(values: flags.FlagValues) -> None:
+    """Define the flags that name a recipe and override its fields."""
+    flags.DEFINE_string("config", None, "the recipe, a TOML file of configs/", flag_values=values)
+    flags.DEFINE_multi_string(
+        "set", [], "name=value: override a recipe field, or one in a table: sources.chat.times=2", flag_values=values
+    )
+
+
 def define_layout_flags(values: flags.FlagValues, default: str = "by the model and the devices") -> None:
     """Define the flags that spread a model over devices.
 

@@ -28,7 +28,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "topology",
         None,
-        "a TPU slice as v5e:2x4, tpu7x:2x2x1 or in the cloud's words v5e-8, v5p-64; or a host's GPUs as h100:8",
+        "a TPU slice as v5e:2x4, tpu7x:2x2x1 or in the cloud's words v5e-8, v5p-64; or a host's GPUs as h100:8; with "
+        "--train also a TPU's name alone: its smallest slice that fits",
         flag_values=values,
     )
     flags.DEFINE_string("sharding", None, "a preset; default: the best", flag_values=values)
@@ -43,9 +44,57 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("quantize", None, "int8, fp8 or int4: as if converted so", flag_values=values)
     flags.DEFINE_bool("compare", False, "table all shardings", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
+    flags.DEFINE_bool("train", False, "plan a training step, of the recipe in --config", flag_values=values)
+    models.define_recipe_flags(values)
 
 
 def _plan(values: flags.FlagValues) -> None:
+    if values.train:
+        _plan_training(values)
+    else:
+        _plan_generation(values)
+
+
+def _plan_training(values: flags.FlagValues) -> None:
+    require(values, "config", "topology")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # as below
+    from ernie_jax.chips import CHIPS
+    from ernie_jax.planner import report
+    from ernie_jax.planner.topology import parse_topology
+    from ernie_jax.planner.training import plan_training, smallest_slice
+    from ernie_jax.train import load_recipe
+    from ernie_jax.train.weights import check_length, read_config
+
+    recipe = load_recipe(values.config, values["set"].value)
+    if values.model:
+        config, _, _ = models.read_model(values.model, values.revision)
+        check_length(recipe, config)
+    else:
+        config = read_config(recipe)
+    config = dataclasses.replace(config, quantize=values.quantize or config.quantize)
+    announce = functools.partial(print, file=sys.stderr)
+    chip = CHIPS.get(values.topology)
+    plan = None
+    if chip is None:
+        topology = parse_topology(values.topology)
+        chip = topology.chip
+        plan = plan_training(recipe, config, topology, values.sharding, values.mesh, announce)
+    searched = plan is None or not plan.fits
+    found = smallest_slice(recipe, config, chip, values.sharding, announce) if searched else None
+    model = values.model or recipe.directory
+    if values.json:
+        named = (("plan", plan), ("smallest", found))
+        print(json.dumps({name: report.training_object(model, one) for name, one in named if one}))
+        return
+    if plan:
+        print(report.describe_training(model, plan))
+    if searched:
+        print(f"\nthe smallest slice of {chip.title} that it fits" + ("" if found else ": none") + "\n")
+    if found:
+        print(report.describe_training(model, found))
+
+
+def _plan_generation(values: flags.FlagValues) -> None:
     require(values, "model", "topology")
     os.environ["JAX_PLATFORMS"] = "cpu"  # read when JAX starts: leave this machine's accelerators alone
     from ernie_jax.checkpoint import parse_dtype
@@ -99,6 +148,7 @@ PLAN = Command(
         "main.py plan --model=checkpoints/21b --topology=v6e:2x4 --sharding=expert+tensor --json",
         "main.py plan --model=ernie-4.5-21b-a3b --topology=h100:2 --compare",
         "main.py plan --model=ernie-4.5-21b-a3b --topology=v6e-1 --quantize=int8 --kv_dtype=int8",
+        "main.py plan --train --config=configs/sft_full.toml --model=ernie-4.5-21b-a3b --topology=v5p",
     ),
     _define,
     _plan,

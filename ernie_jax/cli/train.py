@@ -11,19 +11,19 @@ from ernie_jax.cli.command import Command, require
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("config", None, "the recipe, a TOML file of configs/", flag_values=values)
-    flags.DEFINE_multi_string(
-        "set", [], "name=value: override a recipe field, or one in a table: sources.chat.times=2", flag_values=values
-    )
+    models.define_recipe_flags(values)
     models.define_layout_flags(values, "one device")
+    flags.DEFINE_bool("tensorboard", False, "write metrics for TensorBoard, beside metrics.jsonl", flag_values=values)
+    hosts.define_flags(values)
 
 
 def _train(values: flags.FlagValues) -> None:
     require(values, "config")
-    hosts.refuse_several("train")
+    hosts.join(values)
     from ernie_jax.train import train
 
-    heldout = train(values.config, values["set"].value, mesh=values.mesh, sharding=values.sharding)
+    layout = {"mesh": values.mesh, "sharding": values.sharding}
+    heldout = train(values.config, values["set"].value, tensorboard=values.tensorboard, **layout)
     for source, found in heldout.items():
         if "reward_margin" in found:
             print(
@@ -44,6 +44,8 @@ TRAIN = Command(
         "main.py train --config=configs/sft_lora_1gpu.toml --set=learning_rate=2e-4 --set=sources.chat.times=2",
         "main.py train --config=configs/sft_full.toml --sharding=fsdp",
         "main.py train --config=configs/dpo_lora.toml --set=preference.beta=0.2",
+        "main.py train --config=configs/sft_full.toml --sharding=fsdp --coordinator=HOST:1234 --num_processes=2 "
+        "--process_id=0",
     ),
     _define,
     _train,

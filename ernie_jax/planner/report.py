@@ -7,6 +7,7 @@ from ernie_jax.engine.cache import kv_name
 from ernie_jax.planner.hlo import Collective
 from ernie_jax.planner.plan import Plan, StepPlan
 from ernie_jax.planner.topology import Topology, cloud_name
+from ernie_jax.planner.training import TrainingPlan
 
 _STEPS = ("decode", "prefill")
 
@@ -75,14 +76,7 @@ def to_object(model: str, plan: Plan, advice: list[str]) -> dict:
         "dtype": request.dtype.name,
         "quantize": request.config.quantize,
         "kv_dtype": kv_name(request.cached),
-        "topology": {
-            "name": topology.name,
-            "cloud_name": cloud_name(topology),
-            "chip": topology.chip.title,
-            "chips": topology.chips,
-            "devices": topology.devices,
-            "hosts": topology.hosts,
-        },
+        "topology": _topology_object(topology),
         "batch": request.batch,
         "context": request.context,
         "prefill_chunk": request.chunk,
@@ -100,6 +94,93 @@ def to_object(model: str, plan: Plan, advice: list[str]) -> dict:
         "kv_tokens": plan.cache_tokens,
         "most_sequences": plan.most_sequences,
         **{name: _step_object(getattr(plan, name)) for name in _STEPS},
+    }
+
+
+def describe_training(model: str, plan: TrainingPlan) -> str:
+    """Lay a plan of a training step out for reading."""
+    recipe, topology = plan.recipe, plan.topology
+    method = f"adapters of rank {recipe.lora_rank}" if recipe.lora else "all weights"
+    device = _device_of(topology)
+    verdict = f"FITS: {plan.left / GIB:.2f} GiB of {device} are left"
+    if not plan.fits:
+        alone = "" if plan.depths else "state and gradients alone are too much; nothing was compiled"
+        verdict = f"DOES NOT FIT: {plan.problem or alone or f'{-plan.left / GIB:.2f} GiB of {device} are missing'}"
+    lines = [
+        f"{model}, {method}, on {_place(topology)}",
+        f"sharding {plan.layout.describe()}: {recipe.batch_size} rows of {recipe.sequence_length:,} tokens in "
+        f"{recipe.accumulate} parts, remat {recipe.remat}, moments in {recipe.moment_dtype}",
+        "",
+        verdict,
+        "",
+        f"memory of {device}, GiB",
+        f"  state        {_gib(plan.state)}   what learns in float32, its moments, frozen weights",
+    ]
+    if plan.temporaries is None:
+        return "\n".join([*lines, f"  usable       {_gib(plan.memory)}"])
+    steps = plan.roofline
+    whole = plan.depths == (plan.config.num_hidden_layers,)
+    compiled = f"{' and '.join(map(str, plan.depths))} layers" + ("" if whole else ", and as much for each more")
+    again = f", {plan.model_flops / 1e12:.3g} without what is done again"
+    lines += [
+        f"  temporaries  {_gib(plan.temporaries)}   compiled: {compiled}",
+        f"  left         {_gib(plan.left)}   of {plan.memory / GIB:.2f} usable",
+        "",
+        "a step at best",
+        f"  memory               {_size(plan.moved):>12}  {_seconds(steps.memory)}",
+        f"  compute        {plan.flops / 1e12:>12.3g} TFLOP  {_seconds(steps.compute)}{again}",
+        f"  links                {_size(steps.sent):>12}  {_seconds(steps.links)}",
+        f"  roofline, bound by   {steps.bound:>12}  {_seconds(steps.seconds)}",
+        f"  if nothing overlaps                {_seconds(steps.serial_seconds)}",
+        f"  tokens/s at most     {plan.tokens / steps.seconds:>12,.0f}",
+        "",
+        f"compiled for the slice in {plan.seconds:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+def training_object(model: str, plan: TrainingPlan) -> dict:
+    """Return a plan of a training step as an object that JSON can hold; bytes and seconds, of a device."""
+    recipe, steps = plan.recipe, plan.roofline
+    found = {
+        "fits": plan.fits,
+        "sharding": plan.layout.preset,
+        "mesh": dict(plan.layout.mesh.shape),
+        "model": model,
+        "topology": _topology_object(plan.topology),
+        "batch_size": recipe.batch_size,
+        "sequence_length": recipe.sequence_length,
+        "accumulate": recipe.accumulate,
+        "problem": plan.problem,
+        "compiled_layers": list(plan.depths),
+        "per_device": {"memory": plan.memory, "state": plan.state, "temporaries": plan.temporaries, "left": plan.left},
+    }
+    if steps is None:
+        return found
+    return found | {
+        "tokens": plan.tokens,
+        "seconds": steps.seconds,
+        "bound": steps.bound,
+        "memory_seconds": steps.memory,
+        "compute_seconds": steps.compute,
+        "link_seconds": steps.links,
+        "serial_seconds": steps.serial_seconds,
+        "moved_bytes": plan.moved,
+        "flops": plan.flops,
+        "model_flops": plan.model_flops,
+        "link_bytes": steps.sent,
+        "compile_seconds": plan.seconds,
+    }
+
+
+def _topology_object(topology: Topology) -> dict:
+    return {
+        "name": topology.name,
+        "cloud_name": cloud_name(topology),
+        "chip": topology.chip.title,
+        "chips": topology.chips,
+        "devices": topology.devices,
+        "hosts": topology.hosts,
     }
 
 
@@ -215,6 +296,10 @@ def _gib(size: float) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms".rjust(9)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s".rjust(9)
 
 
 def _size(size: float) -> str:

@@ -29,8 +29,9 @@ def train(
     progress: bool = True,
     mesh: str | None = None,
     sharding: str | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Run the recipe in a TOML file with some fields overridden ("name=value"); see `run`."""
     from ernie_jax.train.loop import run
 
-    return run(load_recipe(path, overrides), progress, mesh, sharding)
+    return run(load_recipe(path, overrides), progress, mesh, sharding, tensorboard)

@@ -8,16 +8,15 @@ import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from ernie_jax import adapter, checkpoint
+from ernie_jax import adapter, checkpoint, distributed
 from ernie_jax.config import read_json
 from ernie_jax.errors import UserError
 from ernie_jax.paths import storage_path
-from ernie_jax.sharding import make_layout, single
+from ernie_jax.sharding import make_layout, single, whole
 from ernie_jax.train.data import PreferenceData, TrainingData, batch_sides, claim_data, load_data
 from ernie_jax.train.metrics import Metrics
 from ernie_jax.train.recipe import Recipe
@@ -29,18 +28,24 @@ from ernie_jax.train.weights import read_config
 
 
 def run(
-    recipe: Recipe, progress: bool = True, mesh: str | None = None, sharding: str | None = None
+    recipe: Recipe,
+    progress: bool = True,
+    mesh: str | None = None,
+    sharding: str | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Train, or go on where an interrupted run of the same recipe last saved, and write what was trained.
 
     Continuing is exact: data order depends on seed and step alone, so the weights come out bit-equal to those of a run
     without interruption wherever the device computes the same sums twice (a GPU needs
-    XLA_FLAGS=--xla_gpu_deterministic_ops=true for that). SIGTERM and Ctrl-C save before they end the run.
+    XLA_FLAGS=--xla_gpu_deterministic_ops=true for that). SIGTERM and Ctrl-C save before they end the run; of several
+    processes, which share a file system, it is enough that one is told.
 
     Args:
       progress: show a bar with loss, tokens a second and time left.
       mesh, sharding: as for `sharding.make_layout`, over all devices; default: one device. A run may go on in another
         layout, and then is equal within rounding.
+      tensorboard: write metrics for TensorBoard, beside metrics.jsonl.
 
     Returns:
       source -> what is left of its held-out examples at the end: the mean loss and whatever else the objective tells.
@@ -53,31 +58,36 @@ def run(
     config = read_config(recipe)
     data = load_data(recipe, config)
     _check_kind(recipe, data.training)
+    if distributed.process_count() > 1 and not (mesh or sharding):
+        raise UserError("several processes train together over all their devices: say how, as with --sharding=fsdp")
     layout = make_layout(config, jax.devices(), mesh, sharding) if mesh or sharding else single()
     trainer = Trainer(recipe, config, layout)
     # Orbax takes no relative paths.
     output = storage_path(recipe.output)
-    _claim(output, recipe)
+    if distributed.is_primary():
+        _claim(output, recipe)
+    distributed.barrier("the output is claimed")
 
     with _Saves(output / "state", recipe) as saves, Interrupts() as interrupts:
-        start = saves.latest
+        start = distributed.broadcast(saves.latest)
         claim_data(output, data.digests, start)
+        metrics = Metrics(output, start, tensorboard) if distributed.is_primary() else None
         reference = Reference(recipe, output, data) if needs_reference(recipe) else None
+        quiet = not (progress and distributed.is_primary())
 
         def meet(first: TrainState) -> None:
             if reference:
-                reference.compute(trainer, first, interrupts, progress)
+                reference.compute(trainer, first, interrupts, not quiet)
 
-        state = saves.restore(trainer, meet)
+        state = saves.restore(trainer, start, meet)
         training, heldout = reference or data.training, reference.heldout() if reference else data.heldout
         samples = Samples(recipe, trainer, output, start) if recipe.sample_prompts else None
-        metrics = Metrics(output, start)
         guard = Guard(recipe.loss_spike, output, lambda step: training.batch(step - 1))
         sizes = {name: leaf.size for name, leaf in trainer.plan.abstract.items()}
         pace = Pace(config, layout, sizes, recipe.lora is not None, ahead=bool(recipe.mtp_weight))
         places = recipe.batch_size * recipe.sequence_length * (1 if recipe.preference is None else 2)
         began = time.perf_counter()
-        with tqdm(total=recipe.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
+        with tqdm(total=recipe.steps, initial=start, desc="train", unit="step", disable=quiet) as bar:
             for step in range(start + 1, recipe.steps + 1):
                 batch = training.batch(step - 1)
                 state, values = trainer.step(state, trainer.place(batch))
@@ -95,24 +105,30 @@ def run(
                         for name, held in heldout.items():
                             row |= {f"{name}_{what}": value for what, value in trainer.evaluate(state, held).items()}
                         row |= {name: value.tolist() for name, value in values.items() if value.shape}
-                    metrics.add(row)
+                    if metrics:
+                        metrics.add(row)
                     bar.set_postfix_str(describe(row), refresh=False)
                 if evaluates:
-                    metrics.draw()
+                    if metrics:
+                        metrics.draw()
                     if samples:
                         for prompt, text in zip(recipe.sample_prompts, samples.write(step, state), strict=True):
                             bar.write(f"{prompt!r} -> {text!r}")
                 bar.update()
-                if last or interrupts.heard or step % recipe.save_every == 0:
+                ends = any(distributed.gather(interrupts.heard))  # whichever process was told to
+                if last or ends or step % recipe.save_every == 0:
                     guard.settle()
                     saves.save(step, state)
-                    if interrupts.heard and not last:
+                    if ends and not last:
                         saves.finish()
+                        distributed.barrier("all is saved")
                         bar.write(f"saved step {step}; the same command goes on from there")
                         raise KeyboardInterrupt
                 if logs:
                     pace.restart()
         saves.finish()
+    if metrics:
+        metrics.finish()
     _write_result(output, recipe, trainer, state)
     return {name: trainer.evaluate(state, held) for name, held in heldout.items()}
 
@@ -157,15 +173,15 @@ class _Saves:
         latest = self._checkpointer.latest
         return latest.step if latest else 0
 
-    def restore(self, trainer: Trainer, meet: Callable[[TrainState], None]) -> TrainState:
-        """Return the state after the last step that was saved, or the first one; `meet` sees the first one anyhow."""
+    def restore(self, trainer: Trainer, step: int, meet: Callable[[TrainState], None]) -> TrainState:
+        """Return the state after a step that was saved, after 0 the first one, which `meet` sees anyhow."""
         state = trainer.initial_state()
         meet(state)
-        if not self.latest:
+        if not step:
             return state
         frozen, abstract = state.frozen, trainer.abstract_state()
         del state  # the weights that the run started from: there may be no room for both
-        parameters, optimizer = self._checkpointer.load(self.latest, (abstract.parameters, abstract.optimizer))
+        parameters, optimizer = self._checkpointer.load(step, (abstract.parameters, abstract.optimizer))
         return TrainState(parameters, optimizer, frozen)
 
     def save(self, step: int, state: TrainState) -> None:
@@ -185,9 +201,10 @@ def _write_result(output: epath.Path, recipe: Recipe, trainer: Trainer, state: T
     model = trainer.bind(state)
     if recipe.lora:
         manifest = checkpoint.read_manifest(recipe.checkpoint) if recipe.checkpoint else {}
-        arrays = {name: np.asarray(value) for name, value in state.parameters.items()}
+        arrays = {name: whole(value) for name, value in state.parameters.items()}
         trained = adapter.Adapter(recipe.lora, adapter.identity(model, manifest), recipe.directory, arrays)
-        adapter.save(output / "adapter", trained)
+        if distributed.is_primary():
+            adapter.save(output / "adapter", trained)
         return
     origin = f" from {recipe.checkpoint}" if recipe.checkpoint else ""
     source = f"trained by ernie_jax{origin}, seed {recipe.seed}"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ernie_jax.checkpoint import parse_dtype
+from ernie_jax.train import moments
 from ernie_jax.train.recipe import Recipe
 
 
@@ -48,12 +49,11 @@ def make_optimizer(
     scale = optax.scale_by_learning_rate(schedule)
     if rates:
         scale = optax.chain(scale, _scaled(rates))
+    adam = optax.scale_by_adam(recipe.adam_beta1, recipe.adam_beta2, recipe.adam_epsilon)
+    packs = recipe.moment_dtype == "int8"
     return optax.chain(
         optax.clip_by_global_norm(recipe.gradient_clip),
-        _stored(
-            optax.scale_by_adam(recipe.adam_beta1, recipe.adam_beta2, recipe.adam_epsilon),
-            parse_dtype(recipe.moment_dtype),
-        ),
+        _packed(adam) if packs else _stored(adam, parse_dtype(recipe.moment_dtype)),
         optax.add_decayed_weights(recipe.weight_decay, lambda parameters: {name: _decays(name) for name in parameters}),
         scale,
     )
@@ -86,3 +86,14 @@ def _stored(adam: optax.GradientTransformation, dtype: jnp.dtype) -> optax.Gradi
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
+
+
+def _packed(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keep both moments in 8 bits between steps; within one they are float32."""
+
+    def update(updates, state, parameters=None):
+        mu, nu = ({name: moments.unpack(packed) for name, packed in part.items()} for part in (state.mu, state.nu))
+        updates, found = adam.update(updates, optax.ScaleByAdamState(state.count, mu, nu), parameters)
+        return updates, moments.pack(found.count, found.mu, found.nu)
+
+    return optax.GradientTransformation(moments.zeros, update)

@@ -23,7 +23,7 @@ _CHOICES = {
     "long_examples": LONG_EXAMPLES,
     "schedule": ("cosine", "wsd"),
     "decay": ("half_life", "1-sqrt"),
-    "moment_dtype": ("float32", "bfloat16"),
+    "moment_dtype": ("float32", "bfloat16", "int8"),
     "remat": ("none", "products", "layers"),
 }
 # Of a model that goes on learning the routers stay as they are, as in ERNIEKit.
@@ -51,7 +51,7 @@ class Recipe:
       schedule: "cosine", or "wsd": constant up to the last `decay_steps`.
       decay: how wsd ends, "half_life" or "1-sqrt".
       decay_steps: of wsd; 0 is a tenth of all.
-      moment_dtype: in which AdamW's moments are stored.
+      moment_dtype: in which AdamW's moments are stored: float32, bfloat16 or int8 (moments.py).
       token_balanced: divide the gradient by all places of a batch instead of those that are learnt, so that a token
         weighs the same however few of a batch are learnt.
       frozen: names of parameters that stay as they are, with * for any letters; default: with a checkpoint the routers,

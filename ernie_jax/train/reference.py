@@ -58,9 +58,11 @@ class Reference:
                 self._known[name][batch.pairs[new]] = found[new]
                 computed += 1
                 bar.update()
-                if interrupts.heard or computed % self._recipe.save_every == 0:
+                ends = any(distributed.gather(interrupts.heard))  # whichever process was told to
+                if ends or computed % self._recipe.save_every == 0:
                     self._save(made_of)
-                if interrupts.heard:
+                if ends:
+                    distributed.barrier("all is saved")
                     raise KeyboardInterrupt
         if computed:
             self._save(made_of)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 from etils import epath
 
+from ernie_jax import distributed
 from ernie_jax.errors import UserError
 from ernie_jax.paths import storage_path
 from ernie_jax.text import Tokenizer
@@ -37,7 +38,7 @@ class Samples:
                 f"sequence_length, {recipe.sequence_length}"
             )
         self._lines = []
-        if resumed_step and self._file.exists():
+        if resumed_step and distributed.is_primary() and self._file.exists():
             lines = self._file.read_text().splitlines()
             self._lines = [line for line in lines if json.loads(line)["step"] <= resumed_step]
 
@@ -55,5 +56,6 @@ class Samples:
             texts.append(self._tokenizer.decode(new[:end]))
         for prompt, text in zip(self._recipe.sample_prompts, texts, strict=True):
             self._lines.append(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False))
-        self._file.write_text("\n".join(self._lines) + "\n")
+        if distributed.is_primary():
+            self._file.write_text("\n".join(self._lines) + "\n")
         return texts

@@ -105,8 +105,7 @@ class Trainer:
     def initial_state(self) -> TrainState:
         """Read or draw the weights that the recipe starts from."""
         weights = self.plan.start()
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().optimizer)
-        optimizer = jax.jit(self._optimizer.init, out_shardings=shardings)(weights.trained)
+        optimizer = jax.jit(self._optimizer.init, out_shardings=self._optimizer_shardings())(weights.trained)
         return TrainState(weights.trained, optimizer, weights.frozen)
 
     def abstract_state(self) -> TrainState:
@@ -116,11 +115,30 @@ class Trainer:
 
         def place(path, leaf):  # moments lie as the parameters that they are of
             names = (entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
-            sharding = next((trained[name].sharding for name in names if name in trained), self._layout.sharding())
+            of = next((trained[name] for name in names if name in trained), None)
+            sharding = self._layout.sharding() if of is None else of.sharding
+            if of is not None and leaf.shape != of.shape:  # one for each row
+                sharding = sharding.update(spec=jax.P(*sharding.spec[: leaf.ndim - 1]))
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         optimizer = jax.eval_shape(self._optimizer.init, trained)
         return TrainState(trained, jax.tree_util.tree_map_with_path(place, optimizer), frozen)
+
+    def lower(self) -> jax.stages.Lowered:
+        """Lower `step` from shapes alone; the devices of the layout need not be here."""
+        count, length = self._recipe.batch_size, self._recipe.sequence_length
+
+        def rows(length, dtype=jnp.int32):
+            return jax.ShapeDtypeStruct((count, length), dtype, sharding=self._layout.sharding(("group", None)))
+
+        batch = Batch(*(rows(length) for _ in Batch._fields))
+        if options := self._recipe.preference_options:
+            known = (rows(1, jnp.float32),) * 2 if options.needs_reference else None
+            batch = PreferenceBatch(batch, batch, rows(1), known)  # one pair a row
+        return self.step.lower(self.abstract_state(), batch)
+
+    def _optimizer_shardings(self) -> optax.OptState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().optimizer)
 
     def bind(self, state: TrainState) -> Ernie:
         """Return the model with the weights of a state, rounded to the recipe's dtype; router tensors stay float32."""
@@ -157,7 +175,7 @@ class Trainer:
             logits = model.logits(out.hidden[every, place - 1])[:, :vocab_size]
             return rows.at[every, place].set(logits.argmax(-1).astype(rows.dtype), mode="drop")
 
-        return jax.lax.fori_loop(0, rows.shape[1] - lengths.min(), step, rows)
+        return self._everywhere(jax.lax.fori_loop(0, rows.shape[1] - lengths.min(), step, rows))
 
     def _forward(self, weights: Weights, batch: Batch | PreferenceBatch) -> tuple[Forward, tuple[Routing, ...]]:
         model, rows = self.plan.bind(weights), self._objective.rows(batch)
@@ -218,10 +236,15 @@ class Trainer:
         shardings = {name: self.plan.abstract[name].sharding for name in parameters}
         return jax.lax.with_sharding_constraint(parameters, shardings)
 
+    def _everywhere(self, values):
+        """Have values on every device, so that every process can read them."""
+        return jax.lax.with_sharding_constraint(values, self._layout.sharding())
+
     def _step(self, state: TrainState, batch: Batch | PreferenceBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         counts = self._objective.counts(batch)
         gradients, sums = self._gradients(state, batch, counts)
         updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.parameters)
+        optimizer = jax.lax.with_sharding_constraint(optimizer, self._optimizer_shardings())
         parameters = optax.apply_updates(state.parameters, updates)
         for name, used in sums.usage.items():
             if name in parameters:
@@ -238,7 +261,7 @@ class Trainer:
             metrics |= self._routing_metrics(sums, jnp.sum(self._objective.rows(batch).segments >= 0))
         if drift:
             metrics["bias_drift"] = jnp.stack(drift).max()
-        return TrainState(parameters, optimizer, state.frozen), metrics
+        return TrainState(parameters, optimizer, state.frozen), self._everywhere(metrics)
 
     def _routing_metrics(self, sums: Sums, tokens: jax.Array) -> dict[str, jax.Array]:
         used = jnp.stack(list(sums.usage.values()))  # [layers, E]
@@ -251,4 +274,4 @@ class Trainer:
 
     def _evaluate_batch(self, state: TrainState, batch: Batch | PreferenceBatch) -> tuple[NamedTuple, NamedTuple]:
         sums = self._sums(Weights(state.parameters, state.frozen), batch)
-        return sums.objective, self._objective.counts(batch)
+        return self._everywhere((sums.objective, self._objective.counts(batch)))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import signal
 import statistics
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from etils import epath
 
-from ernie_jax import chips
+from ernie_jax import chips, distributed
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 from ernie_jax.sharding import Layout
@@ -66,9 +67,12 @@ class Guard:
 
     def _stop(self, step: int, what: str) -> None:
         file = self._output / f"batch-{step}.npz"
-        with file.open("wb") as opened:
+        if distributed.is_primary():
             leaves = jax.tree_util.tree_leaves_with_path(self._batch(step))
-            np.savez(opened, **{jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves})
+            named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+            with file.open("wb") as opened:
+                np.savez(opened, **named)
+        distributed.barrier("the batch is saved")
         raise UserError(
             f"{what}; its batch is saved as {file}. Look at that, make learning_rate smaller or loss_spike larger, and "
             "choose another output"
@@ -100,17 +104,40 @@ class Interrupts:
         self._before = {}
 
 
-class Pace:
-    """How fast a run is since it was last asked.
+def operations(
+    config: ModelConfig, sizes: Mapping[str, int], adapters: bool, ahead: bool, tokens: int, seen: int
+) -> tuple[float, float]:
+    """Return the operations of the forward and of the backward pass over some tokens.
 
-    A step is taken to need 6 operations for each weight that a token goes through, 4 if that is frozen and there are
-    adapters to learn, and 12 for each number of a query and each position that it sees; what is computed again does
-    not count.
+    Forward takes 2 for each weight that a token goes through, and 4 for each number of a query and each position that
+    it sees; backward twice that, but once for a weight that is frozen where there are adapters to learn.
 
     Args:
       sizes: of the weights, by name.
       adapters: are learnt.
       ahead: tokens beyond the next one are learnt, which takes the head once more for each depth.
+      seen: pairs of a token and one that it sees.
+    """
+    share = config.moe_k / config.moe_num_experts if config.is_moe else 0.0
+    depths = config.num_nextn_predict_layers if ahead else 0
+    head = "embed.weight" if config.tie_word_embeddings else "head.weight"
+    forward = backward = 0.0
+    for name, size in sizes.items():
+        if name.startswith("mtp.") and not depths or name == "embed.weight" != head:
+            continue
+        used = 2 * size * (1 + depths if name == head else share if ".experts." in name else 1.0)
+        forward += used
+        backward += used if adapters and ".lora_" not in name else 2 * used
+    layers = config.num_hidden_layers + depths
+    attention = 4 * layers * config.num_attention_heads * config.head_dim * seen
+    return forward * tokens + attention, backward * tokens + 2 * attention
+
+
+class Pace:
+    """How fast a run is since it was last asked; what is computed again does not count.
+
+    Args:
+      sizes, adapters, ahead: as for `operations`.
 
     Attributes:
       operations: so many, since then.
@@ -118,17 +145,7 @@ class Pace:
 
     def __init__(self, config: ModelConfig, layout: Layout, sizes: dict[str, int], adapters: bool, ahead: bool = False):
         self._layout = layout
-        share = config.moe_k / config.moe_num_experts if config.is_moe else 0.0
-        depths = config.num_nextn_predict_layers if ahead else 0
-        head = "embed.weight" if config.tie_word_embeddings else "head.weight"
-        self._per_token = 0.0
-        for name, size in sizes.items():
-            if name.startswith("mtp.") and not depths or name == "embed.weight" != head:
-                continue
-            operations = 4 if adapters and ".lora_" not in name else 6
-            times = 1 + depths if name == head else share if ".experts." in name else 1.0
-            self._per_token += operations * size * times
-        self._per_seen = 12 * (config.num_hidden_layers + depths) * config.num_attention_heads * config.head_dim
+        self._operations = functools.partial(operations, config, sizes, adapters, ahead)
         chip = chips.find(layout.mesh.devices.flat[0].device_kind)
         self._peak = chip and chip.device_flops * layout.mesh.size
         self.restart()
@@ -143,7 +160,7 @@ class Pace:
             real = batch.segments >= 0
             self._tokens += batch.tokens.size
             seen = int(np.sum(batch.positions + 1, where=real))
-            self.operations += self._per_token * int(real.sum()) + self._per_seen * seen
+            self.operations += sum(self._operations(int(real.sum()), seen))
 
     def measure(self) -> dict[str, float]:
         """Return tokens a second, padding too, and where they are known the use of the peak arithmetic and memory."""

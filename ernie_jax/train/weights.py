@@ -112,9 +112,18 @@ def read_config(recipe: Recipe) -> ModelConfig:
         config = checkpoint.read_config(recipe.checkpoint)
     else:
         config = ModelConfig.from_file(storage_path(recipe.model) / "config.json")
+    check_length(recipe, config)
+    return config
+
+
+def check_length(recipe: Recipe, config: ModelConfig) -> None:
+    """Check that a row has no more positions than the model.
+
+    Raises:
+      UserError: if it has.
+    """
     if recipe.sequence_length > config.max_position_embeddings:
         raise UserError(
             f"recipe field sequence_length is {recipe.sequence_length}: the model's max_position_embeddings is "
             f"{config.max_position_embeddings}"
         )
-    return config

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from ernie_jax import chips
+from ernie_jax import chips, distributed
 from ernie_jax.errors import UserError
 from ernie_jax.llm import LLM
 from ernie_jax.sharding import single
@@ -93,6 +93,12 @@ def test_on_another_mesh_it_goes_on_within_rounding(started, tmp_path, monkeypat
         np.testing.assert_allclose(one["train_loss"], other["train_loss"], rtol=1e-5)
 
 
+def test_several_processes_must_say_how_they_share_the_work(started, monkeypatch):
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="say how, as with --sharding=fsdp"):
+        run(started, progress=False)
+
+
 def test_samples_are_what_the_model_says(started, config, tmp_path):
     embedded = ROOT / "models" / "ernie-embedded"
     model = tmp_path / "model"
@@ -147,6 +153,45 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path):
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")
     Metrics(tmp_path, 2).add({"step": 3, "train_loss": 1.0})
     assert [row["train_loss"] for row in rows(tmp_path)] == [5.0, 2.5, 1.0]
+
+
+def read_events(folder: pathlib.Path) -> list:
+    """Return what TensorBoard would read: records of a length, a checksum, the message, and a checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    events, (file,) = [], folder.iterdir()
+    data = file.read_bytes()
+    while data:
+        end = 12 + int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12:end]))
+        data = data[end + 4 :]
+    return events
+
+
+def test_what_people_look_at(tmp_path, monkeypatch):
+    found = []
+    for resumed in (0, 2):
+        metrics = Metrics(tmp_path, resumed, tensorboard=True)
+        for step in range(resumed + 1, 4):
+            metrics.add({"step": step, "train_loss": step / 4, "dead_experts": 1.0, "expert_load": [[3, 5], [8, 0]]})
+        metrics.finish()
+        found.append(read_events(tmp_path / "tensorboard"))
+        shutil.rmtree(tmp_path / "tensorboard")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    first, then = (
+        {(event.step, value.tag): value.simple_value for event in events for value in event.summary.value}
+        for events in found
+    )
+    names = "train_loss", "dead_experts", "expert_load"
+    assert first.keys() == {(step, name) for step in (1, 2, 3) for name in names}
+    assert [first[step, "train_loss"] for step in (1, 2, 3)] == [0.25, 0.5, 0.75]
+    assert {step for step, _ in then} == {3}
+    assert [event.step for event in found[1] if event.HasField("session_log")] == [3]  # hides what it replaces
+    with pytest.raises(UserError, match="local folders only, and the recipe's output is gs://"):
+        Metrics("gs://bucket/out", 0, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match="tensorboardX, which is missing"):
+        Metrics(tmp_path, 0, tensorboard=True)
 
 
 def test_pace(config, batch):

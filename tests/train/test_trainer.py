@@ -72,6 +72,7 @@ def test_training_learns_and_writes_what_it_promises(recipe):
 
 
 def test_an_interrupted_run_continues_bit_by_bit(recipe, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipe, moment_dtype="int8")
     run(recipe, progress=False)
     shutil.copytree(recipe.data, tmp_path / "copy")
     interrupted = dataclasses.replace(recipe, output="interrupted", data=str(tmp_path / "copy"))
@@ -129,33 +130,33 @@ def test_a_step_moves_biases_by_the_routers_usage_alone(recipe, config):
 def wide(started, quick_compiling):
     """A recipe with rows for 8 groups."""
     # Adam with its usual epsilon makes a whole step of the rounding noise in a gradient that should be zero.
-    return dataclasses.replace(started, batch_size=8, warmup_steps=1, expert_backend="batched", frozen=[])
+    return dataclasses.replace(started, batch_size=8, steps=20, warmup_steps=1, expert_backend="batched", frozen=[])
 
 
-def three_steps(recipe, config, layout):
-    """Return each step's loss, and the parameters after them."""
+def twenty_steps(recipe, config, layout):
+    """Return each step's loss on a batch of its own, and the parameters after them."""
     rng = np.random.default_rng(2)
-    tokens = rng.integers(3, 320, (8, 32)).astype(np.int32)
     positions = np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32))
-    batch = Batch(tokens, positions, np.zeros_like(tokens), np.roll(tokens, -1, 1))
     trainer, losses = Trainer(recipe, config, layout), []
     state = trainer.initial_state()
-    for _ in range(3):
+    for _ in range(20):
+        tokens = rng.integers(3, 320, (8, 32)).astype(np.int32)
+        batch = Batch(tokens, positions, np.zeros_like(tokens), np.roll(tokens, -1, 1))
         state, metrics = trainer.step(state, trainer.place(batch))
-        losses.append(float(metrics["train_loss"]))
-    return losses, state
+        losses.append(metrics["train_loss"])
+    return np.array(losses), state
 
 
 @pytest.fixture(scope="module")
 def alone(wide, config):
-    losses, state = three_steps(wide, config, single())
+    losses, state = twenty_steps(wide, config, single())
     return losses, jax.device_get(state.parameters)
 
 
 @pytest.mark.parametrize("preset", ["fsdp", "expert", "expert+tensor", "expert+data", "exchange", "tensor"])
-def test_a_step_is_the_same_in_every_layout(wide, alone, config, preset):
+def test_steps_are_the_same_in_every_layout(wide, alone, config, preset):
     layout = make_layout(config, jax.devices(), preset=preset)
-    losses, state = three_steps(wide, config, layout)
+    losses, state = twenty_steps(wide, config, layout)
     expected_losses, expected = alone
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     for name, value in expected.items():
@@ -210,16 +211,21 @@ def test_token_balanced_gradients_count_all_places(started, stepped, config, bat
     assert math.isclose(balanced["gradient_norm"], metrics["gradient_norm"] * learnt, rel_tol=1e-5)
 
 
-def test_moments_are_stored_in_bfloat16(started, stepped, config, batch):
+@pytest.mark.parametrize(
+    ("stored", "dtypes"), [("bfloat16", {"int32", "bfloat16"}), ("int8", {"int32", "int8", "uint8", "float32"})]
+)
+def test_moments_are_stored_in_less(started, stepped, config, batch, stored, dtypes):
     state, _ = stepped
-    narrow, _ = one_step(dataclasses.replace(started, moment_dtype="bfloat16"), config, batch)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow.optimizer)} == {"int32", "bfloat16"}
+    narrow, _ = one_step(dataclasses.replace(started, moment_dtype=stored), config, batch)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow.optimizer)} == dtypes
     for name, value in state.parameters.items():
         np.testing.assert_array_equal(narrow.parameters[name], value)  # the first step reads no stored moments
 
 
-def test_the_abstract_state_is_that_of_the_real_one(started, config):
-    trainer = Trainer(started, config, make_layout(config, jax.devices(), preset="expert"))
+@pytest.mark.parametrize(("preset", "stored"), [("expert", "float32"), ("fsdp", "int8")])
+def test_the_abstract_state_is_that_of_the_real_one(started, config, preset, stored):
+    recipe = dataclasses.replace(started, batch_size=8, moment_dtype=stored)
+    trainer = Trainer(recipe, config, make_layout(config, jax.devices(), preset=preset))
     abstract, state = trainer.abstract_state(), trainer.initial_state()
     described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
     assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
