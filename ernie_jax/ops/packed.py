@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from ernie_jax import kernels
 from ernie_jax.errors import UserError
@@ -39,8 +40,9 @@ def packed_attention(
 
 
 def default_packed_backend(platform: str, head_dim: int, dtype: jnp.dtype, length: int) -> str:
-    """Choose a backend for rows of some length: on Hopper GPUs our kernels, where they take the heads."""
-    return "mosaic" if platform == "gpu" and packed_problem("mosaic", head_dim, dtype, length) is None else "xla"
+    """Choose a backend for rows of some length: on TPUs and Hopper GPUs the kernels, where they take the heads."""
+    kernel = {"tpu": "splash", "gpu": "mosaic"}.get(platform)
+    return kernel if kernel and packed_problem(kernel, head_dim, dtype, length) is None else "xla"
 
 
 def packed_problem(backend: str, head_dim: int, dtype: jnp.dtype, length: int) -> str | None:
@@ -49,10 +51,12 @@ def packed_problem(backend: str, head_dim: int, dtype: jnp.dtype, length: int) -
         return None
     if head_dim != 128:
         return f"takes heads of 128, not of {head_dim}"
-    if dtype != jnp.bfloat16:
-        return f"takes bfloat16 heads, not {jnp.dtype(dtype).name}"
     if length % 128:
         return f"takes rows of a multiple of 128 tokens, not of {length}"
+    if backend == "splash":
+        return None
+    if dtype != jnp.bfloat16:
+        return f"takes bfloat16 heads, not {jnp.dtype(dtype).name}"
     if kernels.capability() != "9.0":
         return f"is for GPUs of compute capability 9.0, not {kernels.capability()}"
     return None
@@ -104,11 +108,15 @@ def _attend_rows(q, k, v, queries, keys, first):
 
 def _mosaic(q, k, v, segments):
     """Our kernels, which look at no block of a row that none of a tile's documents is in."""
-    if problem := packed_problem("mosaic", q.shape[-1], q.dtype, q.shape[1]):
-        raise UserError(f"attention backend mosaic {problem}; use attention backend xla")
+    _check("mosaic", q)
     rows, length, kv_heads, group, head_dim = q.shape
     first, last = _bounds(segments)
     return _attend(q.reshape(rows, length, kv_heads * group, head_dim), k, v, first, last).reshape(q.shape)
+
+
+def _check(backend, q):
+    if problem := packed_problem(backend, q.shape[-1], q.dtype, q.shape[1]):
+        raise UserError(f"attention backend {backend} {problem}; use attention backend xla")
 
 
 def _bounds(segments):
@@ -144,4 +152,27 @@ def _backward(residuals, gradient):
 
 _attend.defvjp(_forward, _backward)
 
-PACKED_ATTENTION_BACKENDS = {"xla": _xla, "mosaic": _mosaic}
+
+def _splash(q, k, v, segments, interpret=False):
+    """JAX's TPU kernels, which go by blocks of the causal mask."""
+    _check("splash", q)
+    rows, length, kv_heads, group, head_dim = q.shape
+    block = max(size for size in (128, 256, 512) if length % size == 0)
+    attend = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * (kv_heads * group)),
+        block_sizes=splash_attention.BlockSizes(
+            block, block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        ),
+        residual_checkpoint_name=KEPT.attention,
+        interpret=interpret,
+    )
+
+    def row(q, k, v, segments):
+        q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)  # it does not scale
+        return attend(q, k, v, segment_ids=splash_attention.SegmentIds(segments, segments))
+
+    q, k, v = (x.reshape(rows, length, -1, head_dim).swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(row)(q, k, v, segments).swapaxes(1, 2).reshape(rows, length, kv_heads, group, head_dim)
+
+
+PACKED_ATTENTION_BACKENDS = {"xla": _xla, "mosaic": _mosaic, "splash": _splash}

@@ -71,3 +71,16 @@ def test_bounds_of_documents():
     first, last = packed._bounds(segments)
     np.testing.assert_array_equal(first, [[0, 0, 2, 2, 2, 5], [0] * 6])
     np.testing.assert_array_equal(last, [[1, 1, 4, 4, 4, 5], [5] * 6])
+
+
+def test_splash_matches_float64(rng):
+    """JAX's TPU kernels, interpreted."""
+    check_packed(rng, functools.partial(packed._splash, interpret=True), [[37, 113, 106]], kv_heads=1, group=2)
+
+
+def test_splash_refuses_what_the_kernel_does_not_take():
+    assert packed.default_packed_backend("tpu", 128, jnp.float32, 256) == "splash"
+    assert packed.default_packed_backend("tpu", 64, jnp.float32, 256) == "xla"
+    q = jnp.zeros((1, 100, 1, 1, 128))
+    with pytest.raises(UserError, match="attention backend splash takes rows of a multiple of 128 tokens, not of 100"):
+        packed_attention(q, q[:, :, 0], q[:, :, 0], jnp.zeros((1, 100), jnp.int32), "splash")
