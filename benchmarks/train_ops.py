@@ -204,10 +204,14 @@ def main() -> None:
             label = f"{backend} {flags.tokens} tokens, weights {'learn' if learns else 'are frozen'}"
             time_experts(label, backend, flags.tokens, learns)
     if flags.part == "sweep":
-        for kernel, blocks in (("attend", (128,)), ("pull_queries", (64, 128)), ("pull_keys", (64, 128))):
-            for block, steps in itertools.product(blocks, (2, 3, 4)):
-                label = f"{kernel} block {block} steps {steps}"
-                time_kernels(label, flags.rows, flags.length, kernel=kernel, block=block, steps=steps)
+        shape = flags.rows, flags.length
+        for block, steps in ((128, 2), (128, 3), (64, 4)):
+            time_kernels(f"attend block {block} steps {steps}", *shape, kernel="attend", block=block, steps=steps)
+        for kernel, block, steps, together in itertools.product(
+            ("pull_queries", "pull_keys"), (64, 128), (2, 3), (True, False)
+        ):
+            label = f"{kernel} block {block} steps {steps} {'together' if together else 'one by one'}"
+            time_kernels(label, *shape, kernel=kernel, block=block, steps=steps, together=together)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def attend(
     return launch(body, out, rows * heads * (length // TILE), interpret)(first, q, k, v)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "steps", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block", "steps", "together", "interpret"))
 def pull_queries(
     q: jax.Array,  # [B, T, N, H]
     k: jax.Array,  # [B, T, K, H]
@@ -165,8 +165,9 @@ def pull_queries(
     gradient: jax.Array,  # [B, T, N, H]
     sums: jax.Array,  # [B, N, T] float32
     products: jax.Array,  # [B, N, T] float32
-    block: int = 128,
+    block: int = 64,
     steps: int = 2,
+    together: bool = True,
     interpret=None,
 ) -> jax.Array:
     """Return the gradient of the queries [B, T, N, H].
@@ -215,11 +216,16 @@ def pull_queries(
         def step_of(index, out, masked):
             slot = lax.rem(index - begin, steps)
             plgpu.barrier_wait(full.at[slot])
-            scores = product(q_buffer, keys.at[slot].transpose((1, 0)), block)
+            pair = (q_buffer, keys.at[slot].transpose((1, 0))), (do_buffer, values.at[slot].transpose((1, 0)))
+            if together:
+                scores, pull = both_products(*pair, block)
+            else:
+                scores = product(*pair[0], block)
             if masked:
                 scores = jnp.where(visible(position, own_first, index * block, block), scores, _MASKED)
             weights = jnp.exp2(scores * (scale * math.log2(math.e)) - lax.broadcast_in_dim(own_sums, scores.shape, [0]))
-            pull = product(do_buffer, values.at[slot].transpose((1, 0)), block)
+            if not together:
+                pull = product(*pair[1], block)
             pull = weights * (pull - lax.broadcast_in_dim(own_products, pull.shape, [0]))
             out = add_product(out, pull.astype(q.dtype), keys.at[slot])
             plgpu.barrier_arrive(free.at[slot])
@@ -260,7 +266,7 @@ def pull_queries(
     return run(first, q, k, v, gradient, sums, products)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "steps", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block", "steps", "together", "interpret"))
 def pull_keys(
     q: jax.Array,  # [B, T, N, H]
     k: jax.Array,  # [B, T, K, H]
@@ -271,6 +277,7 @@ def pull_keys(
     products: jax.Array,  # [B, N, T] float32
     block: int = 64,
     steps: int = 2,
+    together: bool = True,
     interpret=None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of the keys and of the values [B, T, K, H].
@@ -327,7 +334,11 @@ def pull_keys(
             dk, dv = carry
             slot = lax.rem(passed + index - begin, steps)
             plgpu.barrier_wait(full.at[slot])
-            scores = product(k_buffer, queries.at[slot].transpose((1, 0)), block)  # [keys, queries]
+            pair = (k_buffer, queries.at[slot].transpose((1, 0))), (v_buffer, pulls.at[slot].transpose((1, 0)))
+            if together:
+                scores, pull = both_products(*pair, block)  # [keys, queries]
+            else:
+                scores = product(*pair[0], block)
             if masked:
                 key, query = (plgpu.broadcasted_iota(jnp.int32, (ROWS, block), axis, layout=_WGMMA) for axis in (0, 1))
                 query += index * block
@@ -338,10 +349,16 @@ def pull_keys(
                 return lax.broadcast_in_dim(plgpu.load(ref.at[slot], layout=_WGMMA.reduce(0)), (ROWS, block), [1])
 
             weights = jnp.exp2(scores * (scale * math.log2(math.e)) - numbers(some_sums))
-            dv = add_product(dv, weights.astype(q.dtype), pulls.at[slot])
-            pull = product(v_buffer, pulls.at[slot].transpose((1, 0)), block)
+            if not together:
+                dv = add_product(dv, weights.astype(q.dtype), pulls.at[slot])
+                pull = product(*pair[1], block)
             pull = weights * (pull - numbers(some_products))
-            dk = add_product(dk, pull.astype(q.dtype), queries.at[slot])
+            if together:
+                dv, dk = add_both_products(
+                    (dv, dk), (weights.astype(q.dtype), pulls.at[slot]), (pull.astype(q.dtype), queries.at[slot])
+                )
+            else:
+                dk = add_product(dk, pull.astype(q.dtype), queries.at[slot])
             plgpu.barrier_arrive(free.at[slot])
             return dk, dv
 
@@ -471,3 +488,24 @@ def product(a, b, columns):
 def add_product(total, a, b):
     """Return total [ROWS, m] + a [ROWS, n] x b [n, m]; a function because no interpreter knows it."""
     return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.ACC.init(total))
+
+
+def both_products(first, second, columns):
+    """Return two products as `product` does, which are computed side by side."""
+
+    def multiply(one, other):
+        plgpu.wgmma(one, *first)
+        plgpu.wgmma(other, *second)
+        return one[...], other[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns)), plgpu.ACC((ROWS, columns)))
+
+
+def add_both_products(totals, first, second):
+    """Add two products to two totals as `add_product` does, side by side."""
+
+    def multiply(sums):
+        plgpu.wgmma(sums[0], *first)
+        plgpu.wgmma(sums[1], *second)
+
+    return pl.run_state(multiply)(tuple(plgpu.ACC.init(total) for total in totals))

@@ -22,7 +22,11 @@ def interpreted(monkeypatch):
         plgpu.commit_smem()  # the interpreter wants it before a copy overwrites what was read; a barrier does on GPUs
         return total + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
+    def add_both_products(totals, *pairs):
+        return tuple(add_product(total, *pair) for total, pair in zip(totals, pairs, strict=True))
+
     monkeypatch.setattr(packed_kernel, "add_product", add_product)
+    monkeypatch.setattr(packed_kernel, "add_both_products", add_both_products)
     interpret = plgpu.InterpretGPUParams()
     for name in ("attend", "pull_queries", "pull_keys"):
         monkeypatch.setattr(packed_kernel, name, functools.partial(getattr(packed_kernel, name), interpret=interpret))
@@ -37,7 +41,7 @@ def test_attention(documents, rng):
 
 def test_blocks_of_another_size_and_races(rng, monkeypatch):
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    for name, block in (("attend", 64), ("pull_queries", 64), ("pull_keys", 128)):
+    for name, block in (("attend", 64), ("pull_queries", 128), ("pull_keys", 128)):
         options = {"interpret": interpret, "block": block}
         monkeypatch.setattr(packed_kernel, name, functools.partial(getattr(packed_kernel, name), **options))
     check_packed(rng, functools.partial(packed_attention, backend="mosaic"), [[100, 156]], kv_heads=1, group=1)
