@@ -156,7 +156,7 @@ def attend(
     return launch(body, out, rows * heads * (length // TILE), interpret)(first, q, k, v)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "steps", "together", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block", "steps", "interpret"))
 def pull_queries(
     q: jax.Array,  # [B, T, N, H]
     k: jax.Array,  # [B, T, K, H]
@@ -167,7 +167,6 @@ def pull_queries(
     products: jax.Array,  # [B, N, T] float32
     block: int = 64,
     steps: int = 2,
-    together: bool = True,
     interpret=None,
 ) -> jax.Array:
     """Return the gradient of the queries [B, T, N, H].
@@ -216,16 +215,12 @@ def pull_queries(
         def step_of(index, out, masked):
             slot = lax.rem(index - begin, steps)
             plgpu.barrier_wait(full.at[slot])
-            pair = (q_buffer, keys.at[slot].transpose((1, 0))), (do_buffer, values.at[slot].transpose((1, 0)))
-            if together:
-                scores, pull = both_products(*pair, block)
-            else:
-                scores = product(*pair[0], block)
+            scores, pull = two_products(
+                (q_buffer, keys.at[slot].transpose((1, 0))), (do_buffer, values.at[slot].transpose((1, 0))), block
+            )
             if masked:
                 scores = jnp.where(visible(position, own_first, index * block, block), scores, _MASKED)
             weights = jnp.exp2(scores * (scale * math.log2(math.e)) - lax.broadcast_in_dim(own_sums, scores.shape, [0]))
-            if not together:
-                pull = product(*pair[1], block)
             pull = weights * (pull - lax.broadcast_in_dim(own_products, pull.shape, [0]))
             out = add_product(out, pull.astype(q.dtype), keys.at[slot])
             plgpu.barrier_arrive(free.at[slot])
@@ -266,7 +261,7 @@ def pull_queries(
     return run(first, q, k, v, gradient, sums, products)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "steps", "together", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block", "steps", "interpret"))
 def pull_keys(
     q: jax.Array,  # [B, T, N, H]
     k: jax.Array,  # [B, T, K, H]
@@ -277,7 +272,6 @@ def pull_keys(
     products: jax.Array,  # [B, N, T] float32
     block: int = 64,
     steps: int = 2,
-    together: bool = True,
     interpret=None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of the keys and of the values [B, T, K, H].
@@ -334,11 +328,9 @@ def pull_keys(
             dk, dv = carry
             slot = lax.rem(passed + index - begin, steps)
             plgpu.barrier_wait(full.at[slot])
-            pair = (k_buffer, queries.at[slot].transpose((1, 0))), (v_buffer, pulls.at[slot].transpose((1, 0)))
-            if together:
-                scores, pull = both_products(*pair, block)  # [keys, queries]
-            else:
-                scores = product(*pair[0], block)
+            scores, pull = two_products(  # [keys, queries]
+                (k_buffer, queries.at[slot].transpose((1, 0))), (v_buffer, pulls.at[slot].transpose((1, 0))), block
+            )
             if masked:
                 key, query = (plgpu.broadcasted_iota(jnp.int32, (ROWS, block), axis, layout=_WGMMA) for axis in (0, 1))
                 query += index * block
@@ -349,16 +341,10 @@ def pull_keys(
                 return lax.broadcast_in_dim(plgpu.load(ref.at[slot], layout=_WGMMA.reduce(0)), (ROWS, block), [1])
 
             weights = jnp.exp2(scores * (scale * math.log2(math.e)) - numbers(some_sums))
-            if not together:
-                dv = add_product(dv, weights.astype(q.dtype), pulls.at[slot])
-                pull = product(*pair[1], block)
             pull = weights * (pull - numbers(some_products))
-            if together:
-                dv, dk = add_both_products(
-                    (dv, dk), (weights.astype(q.dtype), pulls.at[slot]), (pull.astype(q.dtype), queries.at[slot])
-                )
-            else:
-                dk = add_product(dk, pull.astype(q.dtype), queries.at[slot])
+            dv, dk = add_two_products(
+                (dv, dk), (weights.astype(q.dtype), pulls.at[slot]), (pull.astype(q.dtype), queries.at[slot])
+            )
             plgpu.barrier_arrive(free.at[slot])
             return dk, dv
 
@@ -475,23 +461,13 @@ def drain(count, steps, barriers):
             plgpu.barrier_wait(barrier.at[lax.rem(step, steps)])
 
 
-def product(a, b, columns):
-    """Return a [ROWS, n] x b [n, columns], both in shared memory."""
-
-    def multiply(acc):
-        plgpu.wgmma(acc, a, b)
-        return acc[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns)))
-
-
 def add_product(total, a, b):
     """Return total [ROWS, m] + a [ROWS, n] x b [n, m]; a function because no interpreter knows it."""
     return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.ACC.init(total))
 
 
-def both_products(first, second, columns):
-    """Return two products as `product` does, which are computed side by side."""
+def two_products(first, second, columns):
+    """Return two products [ROWS, n] x [n, columns] of shared memory, computed side by side."""
 
     def multiply(one, other):
         plgpu.wgmma(one, *first)
@@ -501,7 +477,7 @@ def both_products(first, second, columns):
     return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns)), plgpu.ACC((ROWS, columns)))
 
 
-def add_both_products(totals, first, second):
+def add_two_products(totals, first, second):
     """Add two products to two totals as `add_product` does, side by side."""
 
     def multiply(sums):

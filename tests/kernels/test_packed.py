@@ -22,11 +22,11 @@ def interpreted(monkeypatch):
         plgpu.commit_smem()  # the interpreter wants it before a copy overwrites what was read; a barrier does on GPUs
         return total + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
-    def add_both_products(totals, *pairs):
+    def add_two_products(totals, *pairs):
         return tuple(add_product(total, *pair) for total, pair in zip(totals, pairs, strict=True))
 
     monkeypatch.setattr(packed_kernel, "add_product", add_product)
-    monkeypatch.setattr(packed_kernel, "add_both_products", add_both_products)
+    monkeypatch.setattr(packed_kernel, "add_two_products", add_two_products)
     interpret = plgpu.InterpretGPUParams()
     for name in ("attend", "pull_queries", "pull_keys"):
         monkeypatch.setattr(packed_kernel, name, functools.partial(getattr(packed_kernel, name), interpret=interpret))
