@@ -47,7 +47,7 @@ def lower_step(*fields, layers=2):
 
 def test_a_step_is_our_kernels():
     trainer, lowered = lower_step("moment_dtype=bfloat16")
-    assert trainer.attention_backend == "mosaic"
+    assert trainer.backends.attention == "mosaic"
     compiled = lowered.compile()
     text = compiled.as_text()
     calls = [line for line in text.splitlines() if " custom-call(" in line]
