@@ -79,8 +79,9 @@ def main() -> None:
     print(
         f"{layout.mesh.size} x {jax.devices()[0].device_kind} · {layout.describe()} · {config.num_hidden_layers} layers"
     )
-    print(f"experts: {recipe.expert_backend} · remat: {recipe.remat} · moments: {recipe.moment_dtype} · "
-          f"first step {time.perf_counter() - began:.0f} s, loss {loss:.3f}", flush=True)  # fmt: skip
+    print(f"experts: {recipe.expert_backend} · attention: {trainer.backends.attention} · remat: {recipe.remat} · "
+          f"moments: {recipe.moment_dtype} · first step {time.perf_counter() - began:.0f} s, loss {loss:.3f}",
+          flush=True)  # fmt: skip
     for _ in range(flags.steps):
         began = time.perf_counter()
         step()

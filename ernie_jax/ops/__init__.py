@@ -7,7 +7,6 @@ from ernie_jax.ops.attention import (
     RaggedBatch,
     check_attention_backend,
     default_attention_backend,
-    packed_attention,
     pads_queries,
     paged_attention,
 )
@@ -29,7 +28,10 @@ from ernie_jax.ops.halves import (
     experts_half,
     experts_half_problem,
 )
+from ernie_jax.ops.kept import KEPT
+from ernie_jax.ops.mosaic_trained import trained_experts_problem
 from ernie_jax.ops.norm import rms_norm
+from ernie_jax.ops.packed import PACKED_ATTENTION_BACKENDS, default_packed_backend, packed_attention, packed_problem
 from ernie_jax.ops.precision import LINEAR_BACKENDS, default_linear_backend, einsum, linear, swiglu
 from ernie_jax.ops.quantized import (
     Quantized,
@@ -50,7 +52,9 @@ __all__ = [
     "EXPERTS_HALF_BACKENDS",
     "EXPERT_BACKENDS",
     "HALVES",
+    "KEPT",
     "LINEAR_BACKENDS",
+    "PACKED_ATTENTION_BACKENDS",
     "ROUTER_BACKENDS",
     "Adapted",
     "PagedAttention",
@@ -64,6 +68,7 @@ __all__ = [
     "default_exchange_backend",
     "default_expert_backend",
     "default_linear_backend",
+    "default_packed_backend",
     "default_router_backend",
     "dequantize",
     "einsum",
@@ -77,6 +82,7 @@ __all__ = [
     "linear",
     "norm_route",
     "packed_attention",
+    "packed_problem",
     "paged_attention",
     "pads_queries",
     "quantize",
@@ -85,4 +91,5 @@ __all__ = [
     "route",
     "swiglu",
     "takes_shared",
+    "trained_experts_problem",
 ]

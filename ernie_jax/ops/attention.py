@@ -1,4 +1,4 @@
-"""Causal grouped-query attention, over a paged cache (inference) and over packed sequences (training)."""
+"""Causal grouped-query attention over a paged cache; `packed` is that of training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from ernie_jax.ops.precision import einsum
 from ernie_jax.ops.prefill_attention import prefill, takes_prefill
 
 _BLOCK = 2048  # cached positions that one step of the online softmax looks at
-# In training: tokens of a row whose scores are held all at once; of longer ones, parts that see ever more of the row,
-# and queries that are done at a time.
-_WHOLE_ROW, _PARTS, _QUERIES = 1024, 8, 256
 _MASKED = -1e30  # finite, so that a fully masked row gives a finite (and unused) result instead of NaN
 
 
@@ -293,56 +290,3 @@ def _cuda(q, pages, batch):
 
 # Attention over pages that hold the new keys and values already; a decode step of "cuda" is one kernel with the write.
 ATTENTION_BACKENDS = {"xla": _xla, "rpa": _rpa, "cuda": _cuda}
-
-
-def packed_attention(
-    q: jax.Array,  # [B, T, K, R, H]
-    k: jax.Array,  # [B, T, K, H]
-    v: jax.Array,  # [B, T, K, H]
-    segments: jax.Array,  # [B, T] int32
-) -> jax.Array:
-    """Attend causally within segments: documents packed into one row never see each other. The softmax is float32.
-
-    Of long rows a block of queries is done at a time, over the keys up to the end of the eighth of the row that it lies
-    in, and done again for the gradient: scores of T x T are never held.
-
-    Returns:
-      [B, T, K, R, H] in the dtype of `q`.
-    """
-    length = q.shape[1]
-    if length <= _WHOLE_ROW:
-        return _attend_rows(q, k, v, segments, segments, 0)
-    part = -(-length // (_PARTS * _QUERIES)) * _QUERIES
-    k, v = (x.astype(jnp.float32) for x in (k, v))  # so that their gradients are added up in float32
-    return jnp.concatenate(
-        [
-            _attend_part(q[:, first : first + part], k, v, segments, first, min(first + part, length))
-            for first in range(0, length, part)
-        ],
-        axis=1,
-    )
-
-
-def _attend_part(q, k, v, segments, first, end):
-    """Attend the queries of positions `first` to `end` over the keys before `end`."""
-    k, v, keys = k[:, :end], v[:, :end], segments[:, :end]
-    more = -(end - first) % _QUERIES
-    q = jnp.pad(q, ((0, 0), (0, more), *((0, 0),) * 3))
-    queries = jnp.pad(segments[:, first:end], ((0, 0), (0, more)), constant_values=-1)
-
-    @jax.checkpoint
-    def block(start):
-        mine, own = (jax.lax.dynamic_slice_in_dim(x, start, _QUERIES, 1) for x in (q, queries))
-        return _attend_rows(mine, k.astype(q.dtype), v.astype(q.dtype), own, keys, first + start)
-
-    out = jax.lax.map(block, jnp.arange(0, q.shape[1], _QUERIES))  # [blocks, B, _QUERIES, K, R, H]
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)[:, : end - first]
-
-
-def _attend_rows(q, k, v, queries, keys, first):
-    """Attend queries, of which the first is at position `first`, to keys; both are given with their segments."""
-    scores = einsum("bqkrh,bskh->bkrqs", q, k, jnp.float32) * q.shape[-1] ** -0.5
-    before = first + jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1])
-    visible = before & (queries[:, :, None] == keys[:, None, :])
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1)
-    return einsum("bkrqs,bskh->bqkrh", weights.astype(q.dtype), v)

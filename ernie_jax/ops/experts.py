@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ernie_jax.ops.batched import by_batches
 from ernie_jax.ops.blocks import by_blocks
 from ernie_jax.ops.gmm import by_gmm
-from ernie_jax.ops.mosaic import MOST_ALONG, by_mosaic, mosaic_problem
+from ernie_jax.ops.mosaic import MOST_ALONG, mosaic_problem
+from ernie_jax.ops.mosaic_trained import by_mosaic_trained
 from ernie_jax.ops.precision import einsum, swiglu
 from ernie_jax.ops.quantized import Quantized, check_takes_quantized, form_of
 from ernie_jax.ops.stream import FEW, by_stream, experts_problem
@@ -150,7 +151,7 @@ EXPERT_BACKENDS = {
     "batched": by_batches,
     "gmm": by_gmm,
     "cuda": by_stream,
-    "mosaic": by_mosaic,
+    "mosaic": by_mosaic_trained,
 }
 
-DIFFERENTIABLE_EXPERT_BACKENDS = ("dense", "gather", "blocks", "batched")  # which training can name
+DIFFERENTIABLE_EXPERT_BACKENDS = ("dense", "gather", "blocks", "batched", "mosaic")  # which training can name

@@ -86,7 +86,9 @@ def mosaic_problem(width: int, inner: int, dtype: jnp.dtype) -> str | None:
 
 
 def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live=None, tiles=None):
-    """Sort pairs by expert into rows and multiply them by the experts' weights where those lie. Has no gradient.
+    """Sort pairs by expert into rows and multiply them by the experts' weights where those lie.
+
+    Has no gradient; see `mosaic_trained`.
 
     Work follows the pairs that have a local expert. Each expert's result is rounded to the dtype of `x` before the
     weighted sum, which is float32.
@@ -101,9 +103,7 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     """
     tokens, k = chosen.shape
     experts, _, inner, width = gate_up.shape
-    problem = mosaic_problem(width, inner, gate_up.dtype) or operand_problem(x, gate_up, down, *(shared or ()))
-    if problem:
-        raise UserError(f"expert backend mosaic {problem}; use expert backend blocks")
+    check_experts(x, gate_up, down, *(shared or ()))
     more = 0 if shared is None else shared[1].shape[1] // inner
     pairs = tokens * (k + more)
     eight = multiplies_fp8(tokens, gate_up.dtype)
@@ -143,6 +143,18 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     out = _multiply(hidden, down[:, None], *arrays, tiles[1], down_shared, row_factors)
     total = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return kernels.call("ernie_combine_pairs", total, out, place, chosen, here, weights.astype(x.dtype), **sizes)
+
+
+def check_experts(x: jax.Array, gate_up: jax.Array | Quantized, *others: jax.Array | Quantized) -> None:
+    """Check that the backend takes tokens [T, D] and weights, the first of which are [E, 2, F, D].
+
+    Raises:
+      UserError: if it does not.
+    """
+    _, _, inner, width = gate_up.shape
+    problem = mosaic_problem(width, inner, gate_up.dtype) or operand_problem(x, gate_up, *others)
+    if problem:
+        raise UserError(f"expert backend mosaic {problem}; use expert backend blocks")
 
 
 def choose_tiles(pairs: int, dtype: jnp.dtype) -> tuple[Tiles, Tiles] | tuple[QuantizedTiles, QuantizedTiles]:

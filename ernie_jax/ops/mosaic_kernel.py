@@ -41,7 +41,7 @@ class Tiling(NamedTuple):
         return self.rows * (2 if self.split == "rows" else 1)
 
 
-@functools.partial(jax.jit, static_argnames=("tiling", "interpret"))  # so that all layers share one lowering
+@functools.partial(jax.jit, static_argnames=("tiling", "turned", "interpret"))  # so that all layers share one lowering
 def grouped_product(
     rows: jax.Array,  # [M, K]
     weight: jax.Array,  # [E, 1 or 2, N, K]
@@ -50,6 +50,7 @@ def grouped_product(
     tiling: Tiling,
     shared: jax.Array | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,  # [M], [E, 1 or 2, N] float32
+    turned: bool = False,
     interpret=None,
 ) -> jax.Array:
     """Multiply each block of rows by its expert's weight, transposed; with two weights return silu(first) * second.
@@ -60,6 +61,7 @@ def grouped_product(
       live: how many blocks there are; rows of no block come back undefined.
       shared: the weights of further experts E, E + 1, ... side by side: [1 or 2, n N, K] or [1 or 2, N, n K].
       scales: of rows and weights that are both fp8, what sums are multiplied by; then none are shared.
+      turned: the weights are [E, 1, K, N] and not transposed; of bfloat16 split by rows, none of them shared.
       interpret: parameters of Pallas' interpreter for tests.
 
     Returns:
@@ -69,6 +71,8 @@ def grouped_product(
       ValueError: if the sizes are no multiples of the tiles.
     """
     (count, inner), (experts, gates, outputs, _) = rows.shape, weight.shape
+    if turned:
+        outputs = weight.shape[3]
     width = tiling.columns // gates  # of the output, per warpgroup
     across = 2 if tiling.split == "columns" else 1  # warpgroups side by side
     block, step_inner = tiling.block, contracted(rows.dtype)
@@ -103,18 +107,24 @@ def grouped_product(
 
                 def load_weights(part):
                     first = (column_tile * across + part // gates) * width
-                    target = b.at[slot, pl.ds(part * width, width)]
+                    target = None if turned else b.at[slot, pl.ds(part * width, width)]
 
                     def load_chosen():
                         window = pl.ds(first, width), pl.ds(turn * step_inner, step_inner)
                         plgpu.copy_gmem_to_smem(weight_ref.at[chosen, part % gates, *window], target, full.at[slot])
+
+                    def load_turned():
+                        window = pl.ds(turn * step_inner, step_inner), pl.ds(first, width)
+                        plgpu.copy_gmem_to_smem(weight_ref.at[chosen, 0, *window], b.at[slot], full.at[slot])
 
                     def load_shared():
                         down, right = ((chosen - experts) * size for size in beside)
                         window = pl.ds(down + first, width), pl.ds(right + turn * step_inner, step_inner)
                         plgpu.copy_gmem_to_smem(shared_ref.at[part % gates, *window], target, full.at[slot])
 
-                    if shared is None:
+                    if turned:
+                        load_turned()
+                    elif shared is None:
                         load_chosen()
                     else:
                         pl.when(chosen < experts)(load_chosen)
@@ -163,8 +173,11 @@ def grouped_product(
                     slot = lax.rem(step, tiling.steps)
                     plgpu.barrier_wait(full.at[slot])
                     left = a.at[slot, pl.ds(down * tiling.rows, tiling.rows)]
-                    other = b.at[slot, pl.ds(right * tiling.columns, tiling.columns)]
-                    plgpu.wgmma(total, left, other.transpose((1, 0)))
+                    if turned:
+                        other = b.at[slot]
+                    else:
+                        other = b.at[slot, pl.ds(right * tiling.columns, tiling.columns)].transpose((1, 0))
+                    plgpu.wgmma(total, left, other)
                     plgpu.wgmma_wait(1)  # the one before this is done with its buffers
 
                     @pl.when(turn > 0)
@@ -221,12 +234,13 @@ def grouped_product(
         def swizzled(size):
             return plgpu.TilingTransform((8, size)), plgpu.SwizzleTransform(_BYTES)
 
-        loaded = swizzled(step_inner)
+        loaded = swizzled(step_inner)  # for 2 bytes, also of turned weights
+        weight_tile = (step_inner, tiling.columns) if turned else (across * tiling.columns, step_inner)
 
         @functools.partial(
             pl.run_scoped,
             a=plgpu.SMEM((tiling.steps, block, step_inner), rows.dtype, transforms=loaded),
-            b=plgpu.SMEM((tiling.steps, across * tiling.columns, step_inner), rows.dtype, transforms=loaded),
+            b=plgpu.SMEM((tiling.steps, *weight_tile), rows.dtype, transforms=loaded),
             out=plgpu.SMEM((2, 2, _EPILOGUE, _EPILOGUE), dtype, transforms=swizzled(_EPILOGUE)),
             full=plgpu.Barrier(num_arrivals=1 + across * gates, num_barriers=tiling.steps),
             free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.steps),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 
@@ -86,6 +87,8 @@ def run(
         sizes = {name: leaf.size for name, leaf in trainer.plan.abstract.items()}
         pace = Pace(config, layout, sizes, recipe.lora is not None, ahead=bool(recipe.mtp_weight))
         places = recipe.batch_size * recipe.sequence_length * (1 if recipe.preference is None else 2)
+        if progress:
+            tqdm.write(f"experts: {recipe.expert_backend}, attention: {trainer.backends.attention}", file=sys.stderr)
         began = time.perf_counter()
         with tqdm(total=recipe.steps, initial=start, desc="train", unit="step", disable=quiet) as bar:
             for step in range(start + 1, recipe.steps + 1):

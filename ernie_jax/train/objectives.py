@@ -29,6 +29,7 @@ from ernie_jax.train.preference import (
 from ernie_jax.train.recipe import Recipe
 from ernie_jax.train.router_losses import load_balance_loss, orthogonality_loss, z_loss
 
+_MANY_LOGITS = 1 << 29  # where the head learns: its gradient is read and written for each chunk of logits
 ROUTER_WEIGHT, ROUTER_BIAS = "layers.{}.mlp.router.weight", "layers.{}.mlp.router.correction_bias"
 
 
@@ -46,12 +47,13 @@ class Forward(NamedTuple):
 class _Head:
     """The losses of tokens by a model's head: each device takes a part of the tokens and the head's whole weight."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, learns: bool = False):
         self._layout = layout
+        self._most_logits = [_MANY_LOGITS] if learns else []
 
     def total(self, model: Ernie, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         """Return the sum over all tokens."""
-        return self._spread(lambda *part: summed_loss(*part)[None], model, hidden, targets).sum()
+        return self._spread(lambda *part: summed_loss(*part, *self._most_logits)[None], model, hidden, targets).sum()
 
     def each(self, model: Ernie, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         """Return the loss of each token, [B, T]."""
@@ -86,7 +88,9 @@ class NextToken:
         depths: jax.Array
 
     def __init__(self, recipe: Recipe, config: ModelConfig, layout: Layout):
-        self._head, self._mtp_weight, self._balanced = _Head(layout), recipe.mtp_weight, recipe.token_balanced
+        head = "embed.weight" if config.tie_word_embeddings else "head.weight"
+        self._head = _Head(layout, learns=not (recipe.lora or recipe.freezes(head)))
+        self._mtp_weight, self._balanced = recipe.mtp_weight, recipe.token_balanced
         self._depths = range(1, config.num_nextn_predict_layers + 1) if recipe.mtp_weight else ()
 
     def rows(self, batch: Batch) -> Batch:

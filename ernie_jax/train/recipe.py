@@ -24,7 +24,7 @@ _CHOICES = {
     "schedule": ("cosine", "wsd"),
     "decay": ("half_life", "1-sqrt"),
     "moment_dtype": ("float32", "bfloat16", "int8"),
-    "remat": ("none", "products", "layers"),
+    "remat": ("none", "products", "kernels", "attention", "layers"),
 }
 # Of a model that goes on learning the routers stay as they are, as in ERNIEKit.
 _FROZEN_IN_CHECKPOINTS = ("*.router.*",)
@@ -73,10 +73,12 @@ class Recipe:
       keep_every: those of multiples of so many steps are kept too; 0 keeps none.
       loss_spike: stop where a step's loss exceeds the mean of those before it by so many nats; 0 never stops.
       sample_prompts: texts that are continued greedily, by sample_tokens tokens, when the held-out loss is measured.
-      remat: what a step computes again instead of keeping it: "none"; "products": all but matrix products; "layers":
+      remat: what a step computes again instead of keeping it: "none"; "products": all but matrix products; "kernels":
+        all but what kernels of attention and experts keep; "attention": all but what those of attention keep; "layers":
         all but what goes from layer to layer.
       dtype: of the computation and of the result; master weights are float32.
       expert_backend: a name of ops.DIFFERENTIABLE_EXPERT_BACKENDS.
+      attention_backend: a name of ops.PACKED_ATTENTION_BACKENDS; default: by the device.
 
     Raises:
       UserError: naming the field, if a value is out of range.
@@ -123,6 +125,7 @@ class Recipe:
     remat: str = "none"
     dtype: str = "bfloat16"
     expert_backend: str = "dense"
+    attention_backend: str = ""
     seed: int = 0
     log_every: int = 20
     evaluate_every: int = 200

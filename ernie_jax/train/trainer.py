@@ -13,11 +13,13 @@ import optax
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
-from ernie_jax.model import Backends, Ernie
+from ernie_jax.kernels import compiling_for
+from ernie_jax.model import Ernie
 from ernie_jax.model.adapters import UP
 from ernie_jax.model.layers import Routing
-from ernie_jax.ops import DIFFERENTIABLE_EXPERT_BACKENDS, packed_attention
+from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import Layout
+from ernie_jax.train.backends import REMAT, StepBackends
 from ernie_jax.train.data import Batch, PreferenceBatch
 from ernie_jax.train.losses import balanced_bias, expert_usage, routing_entropy
 from ernie_jax.train.objectives import (
@@ -32,12 +34,6 @@ from ernie_jax.train.optimizer import make_optimizer, make_schedule
 from ernie_jax.train.recipe import Recipe
 from ernie_jax.train.router_losses import orthogonalized
 from ernie_jax.train.weights import Parameters, Plan, Weights
-
-_REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda layer: layer,
-    "products": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "layers": jax.checkpoint,
-}
 
 
 class TrainState(NamedTuple):
@@ -76,14 +72,13 @@ class Trainer:
       config: of the model.
       plan: what of it is trained.
       schedule: step, counted from 0 -> learning rate.
+      backends: what computes a step.
 
     Raises:
-      UserError: if the recipe names an unknown dtype or expert backend, or does not fit the model or layout.
+      UserError: if the recipe names an unknown dtype or backend, or does not fit the model, layout or device.
     """
 
     def __init__(self, recipe: Recipe, config: ModelConfig, layout: Layout):
-        if recipe.expert_backend not in DIFFERENTIABLE_EXPERT_BACKENDS:
-            raise UserError(f"recipe field expert_backend must be one of {', '.join(DIFFERENTIABLE_EXPERT_BACKENDS)}")
         parts = layout.groups * recipe.accumulate
         if recipe.batch_size % parts:
             raise UserError(
@@ -91,16 +86,27 @@ class Trainer:
                 f"of {layout.describe()} times accumulate, {recipe.accumulate}"
             )
         self.config, self._recipe, self._layout = config, recipe, layout
+        self.backends = StepBackends(recipe, config, layout)
         self.plan = Plan(recipe, config, layout)
         check_objectives(recipe, config, self.plan.trained)
         self._objective, self._routers = make_objective(recipe, config, layout), RouterLosses(recipe, config)
         self.schedule = make_schedule(recipe)
         ups = [name for name in self.plan.trained if name.endswith(UP)]
         self._optimizer = make_optimizer(recipe, self.schedule, dict.fromkeys(ups, recipe.lora_plus))
-        self.step = jax.jit(self._step, donate_argnums=0)
-        self.evaluate_batch = jax.jit(self._evaluate_batch)
-        self.logprobs = jax.jit(self._logprobs, out_shardings=layout.sharding())
-        self._extend = jax.jit(self._extended, static_argnums=3)
+        self.step = jax.jit(self._for_device(self._step), donate_argnums=0)
+        self.evaluate_batch = jax.jit(self._for_device(self._evaluate_batch))
+        self.logprobs = jax.jit(self._for_device(self._logprobs), out_shardings=layout.sharding())
+        self._extend = jax.jit(self._for_device(self._extended), static_argnums=3)
+
+    def _for_device(self, function: Callable) -> Callable:
+        """Let kernels that a function is traced to be those of the layout's GPUs, which need not be here."""
+
+        @functools.wraps(function)
+        def traced(*args):
+            with compiling_for(self._layout.capability):
+                return function(*args)
+
+        return traced
 
     def initial_state(self) -> TrainState:
         """Read or draw the weights that the recipe starts from."""
@@ -170,8 +176,7 @@ class Trainer:
 
         def step(added, rows):
             place = lengths + added
-            backends = Backends(self._recipe.expert_backend)
-            out = model(rows, positions, attend, backends=backends, shard=self._layout.whole())
+            out = model(rows, positions, attend, backends=self.backends.others, shard=self._layout.whole())
             logits = model.logits(out.hidden[every, place - 1])[:, :vocab_size]
             return rows.at[every, place].set(logits.argmax(-1).astype(rows.dtype), mode="drop")
 
@@ -179,12 +184,8 @@ class Trainer:
 
     def _forward(self, weights: Weights, batch: Batch | PreferenceBatch) -> tuple[Forward, tuple[Routing, ...]]:
         model, rows = self.plan.bind(weights), self._objective.rows(batch)
-
-        def attend(q, k, v, cache):
-            return packed_attention(q, k, v, rows.segments), cache
-
-        backends, remember = Backends(self._recipe.expert_backend), _REMAT[self._recipe.remat]
-        shard = self._layout.whole()
+        attend, backends = self.backends.attend(rows.segments), self.backends.others
+        remember, shard = REMAT[self._recipe.remat], self._layout.whole()
         out = model(rows.tokens, rows.positions, attend, backends=backends, shard=shard, remember=remember)
         return Forward(model, rows, out.hidden, attend, backends, remember), out.routing
 

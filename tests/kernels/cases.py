@@ -290,3 +290,71 @@ def check_prefill(rng, run, runs, padding, page_size, kv_heads, group, kv_dtype=
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         expected = np.einsum("krqs,skh->qkrh", scores / scores.sum(-1, keepdims=True), v)
         assert distance(out[here], expected) < BOUND
+
+
+def check_packed(rng, attend, documents, kv_heads, group):
+    """Hold attend(q, k, v, segments) and its gradient to float64, for rows of documents of these lengths."""
+    rows, length = len(documents), sum(documents[0])
+    segments = np.stack([np.repeat(np.arange(len(row)), row) for row in documents]).astype(np.int32)
+    q, pull = (normal(rng, rows, length, kv_heads, group, H) for _ in range(2))
+    k, v = (normal(rng, rows, length, kv_heads, H) for _ in range(2))
+    out, back = jax.vjp(lambda q, k, v: attend(q, k, v, jnp.asarray(segments)), q, k, v)
+    found = out, *back(pull)
+    q, k, v, pull = (np.asarray(x, np.float64) for x in (q, k, v, pull))
+    visible = np.tri(length, dtype=bool) & (segments[:, :, None] == segments[:, None])
+    scores = np.einsum("bqkrh,bskh->bkrqs", q, k) * H**-0.5
+    weights = np.where(visible[:, None, None], np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    weights /= weights.sum(-1, keepdims=True)
+    of_weights = np.einsum("bqkrh,bskh->bkrqs", pull, v)
+    of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdims=True)) * H**-0.5
+    expected = (
+        np.einsum("bkrqs,bskh->bqkrh", weights, v),
+        np.einsum("bkrqs,bskh->bqkrh", of_scores, k),
+        np.einsum("bkrqs,bqkrh->bskh", of_scores, q),
+        np.einsum("bkrqs,bqkrh->bskh", weights, pull),
+    )
+    for name, one, exact in zip(("out", "q", "k", "v"), found, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert distance(one, exact) < BOUND, name
+
+
+def check_trained_experts(rng, tokens, k, experts, width, inner, learns=True, some=None):
+    """Hold experts' backend "mosaic" and its gradient to float64; `some` names those experts that are there."""
+    chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)
+    chosen[: 2 * tokens // 3, 0] = 1  # of 200 tokens more than one block of rows
+    chosen[tokens - 3 :] = -1
+    first, count = some or (0, experts)
+    weights = jnp.asarray(rng.dirichlet(np.ones(k), size=tokens), jnp.bfloat16)
+    x, pull = (normal(rng, tokens, width) for _ in range(2))
+    gate_up = normal(rng, count, 2, inner, width, scale=width**-0.5)
+    down = normal(rng, count, width, inner, scale=inner**-0.5)
+
+    def run(x, weights, gate_up, down):
+        return grouped_mlp(x, jnp.asarray(chosen), weights, gate_up, down, "mosaic", first_expert=first)
+
+    given = x, weights, gate_up, down
+    if learns:
+        out, back = jax.vjp(run, *given)
+    else:
+        out, back = jax.vjp(lambda x, weights: run(x, weights, gate_up, down), x, weights)
+    found = out, *back(pull)
+    x, weights, gate_up, down, pull = (np.asarray(a, np.float64) for a in (*given, pull))
+    expected = [np.zeros_like(x), *(np.zeros_like(a) for a in (x, weights, gate_up, down))]
+    out, of_x, of_weights, of_gate_up, of_down = expected
+    for t, slot in np.ndindex(chosen.shape):
+        e = chosen[t, slot] - first
+        if not 0 <= e < count or chosen[t, slot] < 0:
+            continue
+        gate, up = gate_up[e] @ x[t]
+        sigmoid = 1 / (1 + np.exp(-gate))
+        hidden = gate * sigmoid * up
+        of_hidden = down[e].T @ pull[t]
+        out[t] += weights[t, slot] * (down[e] @ hidden)
+        of_weights[t, slot] += hidden @ of_hidden
+        of_hidden *= weights[t, slot]
+        of_down[e] += weights[t, slot] * np.outer(pull[t], hidden)
+        pulls = np.stack([of_hidden * up * sigmoid * (1 + gate * (1 - sigmoid)), of_hidden * gate * sigmoid])
+        of_gate_up[e] += pulls[:, :, None] * x[t]
+        of_x[t] += np.einsum("xf,xfd->d", pulls, gate_up[e])
+    for name, one, exact in zip(("out", "x", "weights", "gate_up", "down"), found, expected, strict=False):
+        assert distance(one, exact) < 2 * BOUND, name

@@ -9,11 +9,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ernie_jax.errors import UserError
-from ernie_jax.ops import grouped_mlp, linear, mosaic, mosaic_kernel, quantized_kernel
+from ernie_jax.kernels import compiling_for
+from ernie_jax.ops import grouped_mlp, linear, mosaic, mosaic_gradient, mosaic_kernel, quantized_kernel
 from ernie_jax.ops.mosaic import TILES, Tiles, by_mosaic
 from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
 from tests import emulator
-from tests.kernels.cases import check_linear, rounded
+from tests.kernels.cases import check_linear, check_trained_experts, rounded
 
 pytestmark = pytest.mark.skipif(emulator.problem() is not None, reason=str(emulator.problem()))
 
@@ -31,6 +32,8 @@ def interpreted(monkeypatch):
     parameters = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=256)
     run = functools.partial(grouped_product, interpret=parameters)
     monkeypatch.setattr(mosaic_kernel, "grouped_product", run)
+    run = functools.partial(mosaic_gradient.grouped_outer_product, interpret=parameters)
+    monkeypatch.setattr(mosaic_gradient, "grouped_outer_product", run)
     monkeypatch.setattr(quantized_kernel, "_SMS", 4)
     run = functools.partial(quantized_kernel.grouped_product, interpret=parameters)
     monkeypatch.setattr(quantized_kernel, "grouped_product", run)
@@ -99,6 +102,21 @@ def test_experts(tokens, skewed, along, rng):
     with emulator.emulated():
         out = grouped_mlp(*arguments, "mosaic", shared=shared)
     assert distance(out, reference(*arguments, shared=shared)) < BOUND
+
+
+@pytest.mark.parametrize(("learns", "some"), [(True, None), (False, (1, 2))], ids=["weights", "frozen, a shard"])
+def test_training(learns, some, rng):
+    with compiling_for("9.0"):
+        check_trained_experts(rng, *((200, 1, 2) if learns else (40, 2, 4)), WIDTH, INNER, learns, some)
+
+
+def test_gradient_of_an_expert_without_rows(rng):
+    left, right = (jnp.asarray(rng.normal(size=(192, size)), jnp.bfloat16) for size in (128, 256))
+    groups = jnp.asarray([[0, 2], [2, 0], [2, 1]], jnp.int32)
+    out = mosaic_gradient.grouped_outer_product(left, right, groups, steps=2)
+    left, right = (np.asarray(x, np.float64) for x in (left, right))
+    expected = np.stack([left[rows].T @ right[rows] for rows in (slice(128), slice(0), slice(128, 192))])
+    assert distance(out, expected) < BOUND and not np.asarray(out[1]).any()
 
 
 def test_padding_goes_to_no_expert(rng):

@@ -15,6 +15,7 @@ from ernie_jax.ops import (
     attention,
     check_attention_backend,
     default_attention_backend,
+    packed,
     packed_attention,
     paged_attention,
 )
@@ -276,8 +277,8 @@ def test_long_packed_rows_are_those_of_short_ones(length, monkeypatch, rng):
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     expected = attend()
-    monkeypatch.setattr(attention, "_WHOLE_ROW", 16)
-    monkeypatch.setattr(attention, "_QUERIES", 4)
+    monkeypatch.setattr(packed, "_WHOLE_ROW", 16)
+    monkeypatch.setattr(packed, "_QUERIES", 4)
     for found, one in zip(jax.tree.leaves(attend()), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(found, one, atol=2e-5)
 

@@ -243,6 +243,9 @@ def test_batches_divide_over_the_groups(recipe, config):
         ({"dtype": "float8"}, "float8"),
         ({"expert_backend": "fast"}, "expert_backend must be one of"),
         ({"expert_backend": "gmm"}, "expert_backend must be one of"),  # it has no gradient
+        ({"expert_backend": "mosaic"}, "expert_backend: mosaic .*; use batched"),
+        ({"attention_backend": "rpa"}, "attention_backend must be one of xla, mosaic, splash"),
+        ({"attention_backend": "splash"}, "attention_backend: splash takes heads of 128, not of .*; use xla"),
         ({"sources": {"absent": 1}}, "absent.train.npy: no such file"),
         ({"model": "nowhere"}, "config.json: no such file"),
         ({"sequence_length": 4096}, "sequence_length is 4096"),
