@@ -37,6 +37,7 @@ from ernie_jax.ops.quantized import (
     dequantize,
     form_of,
     group_size,
+    pack,
     quantize,
     quantized_specs,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "grouped_mlp",
     "linear",
     "norm_route",
+    "pack",
     "packed_attention",
     "paged_attention",
     "pads_queries",
