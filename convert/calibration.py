@@ -31,7 +31,7 @@ from convert.gptq import factor, gram, round_to
 from convert.source import ForeignModel
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
-from ernie_jax.model.layers import MLP, DecoderLayer, MoE, RMSNorm, Router, rotary_angles
+from ernie_jax.model.layers import MLP, DecoderLayer, Experts, MoE, RMSNorm, Router, rotary_angles
 from ernie_jax.ops import Quantized, einsum, packed_attention, swiglu
 from ernie_jax.text import Tokenizer
 from ernie_jax.train.data import Batch, Part, TrainingData
@@ -42,6 +42,7 @@ LENGTH = 1024  # tokens of a row
 MOST_ROWS = 128
 LEAST_TOKENS = 4096
 _ROWS = 4  # that go through a layer at a time
+_EXPERTS = 16  # that "blocks" multiplies at a time
 _TOKENS = 4096  # of an expert that are looked at at a time
 # The linear layers of a decoder layer, in the order of the computation.
 _STAGES = (
@@ -134,8 +135,10 @@ def memory(text: CalibrationText, config: ModelConfig, parameters: list[Paramete
     for parameter in parameters:
         layers[parameter.path.split(".mlp.")[0].split(".attention.")[0]] += parameter.nbytes
     widest = max(config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
-    # The activations before and after a norm, with one copy; a layer, and some experts of it in float32; the factor.
-    return 4 * activations + 2 * max(layers.values()), 4 * widest * widest * 4 + 4 * CHUNK_BYTES
+    experts = 3 * config.hidden_size * max(config.intermediate_size, _EXPERTS * config.moe_intermediate_size)
+    # The activations before and after a norm, and while they are put together; a layer as stored, and what of its
+    # weights is unpacked at a time. In each thread H, its factor and what is between, and the weights.
+    return 3 * activations + max(layers.values()) + 8 * experts, 16 * widest * widest + 4 * CHUNK_BYTES
 
 
 class Calibration:
@@ -188,21 +191,26 @@ class Calibration:
         self._fill(layer, index, 0)
         yield self._rounding(index, {"attention.out": attended})
         self._fill(layer, index, 1)
-        self._x = [x for x, _ in self._attend(layer)]
-        h = [_norm(layer.post_attention_norm, x) for x in self._x]
+        for i, (x, _) in enumerate(self._attend(layer)):
+            self._x[i] = x
+        h = jnp.concatenate([_norm(layer.post_attention_norm, x) for x in self._x])
         mlps, inputs, inner = {"mlp": layer.mlp}, {}, {}
         if isinstance(layer.mlp, MoE):
             mlps = {"mlp.shared": layer.mlp.shared} if hasattr(layer.mlp, "shared") else {}
-            experts = _ExpertTokens(layer.mlp, h, self._counted)
+            routing = [jax.device_get(_route(layer.mlp.router, part)) for part in self._parts(h)]
+            chosen, weights = (np.concatenate(found) for found in zip(*routing, strict=True))
+            weights *= np.asarray(self._counted).reshape(-1, 1)
+            experts = _ExpertTokens(layer.mlp.experts, h, chosen, weights)
             inputs["mlp.experts.gate_up"], inner["mlp.experts.down"] = experts.inputs, experts.inner
         for name, mlp in mlps.items():
-            inputs[f"{name}.gate_up"] = lambda _: self._weighted(h)
-            inner[f"{name}.down"] = lambda _, mlp=mlp: self._weighted(_inner(mlp, x) for x in h)
+            inputs[f"{name}.gate_up"] = lambda _: self._weighted(self._parts(h))
+            inner[f"{name}.down"] = lambda _, mlp=mlp: self._weighted(_inner(mlp, part) for part in self._parts(h))
         yield self._rounding(index, inputs)
         self._fill(layer, index, 2)
         yield self._rounding(index, inner)
         self._fill(layer, index, 3)
-        self._x = [_add(layer.mlp, x, y) for x, y in zip(self._x, h, strict=True)]
+        for i, part in enumerate(self._parts(h)):
+            self._x[i] = _add(layer.mlp, self._x[i], part)
 
     def _rounding(self, index: int, inputs: dict[str, Inputs]) -> Rounding:
         """Return what rounds the linear layers of a stage, given what goes into each."""
@@ -222,6 +230,11 @@ class Calibration:
             return round_to(weights.reshape(-1, len(found)), found, weights.size // chunk.scales.size, chunk.form)
 
         return rounding
+
+    def _parts(self, h: jax.Array) -> Iterator[jax.Array]:
+        """Cut [all tokens, D] into the batches' parts; all are not held twice."""
+        size = self._counted.shape[1]
+        return (h[first : first + size] for first in range(0, len(h), size))
 
     def _weighted(self, x: Iterable[jax.Array]) -> Iterator[tuple[jax.Array, jax.Array]]:
         return zip(x, self._counted, strict=True)
@@ -251,11 +264,9 @@ class _ExpertTokens:
     One that fewer tokens chose than it has inputs gets as many more, evenly from all others.
     """
 
-    def __init__(self, mlp: MoE, h: list[jax.Array], counted: jax.Array):
-        self._experts, self._h = mlp.experts, jnp.concatenate(h)
-        routing = [jax.device_get(_route(mlp.router, part)) for part in h]
-        self._chosen, self._weights = (np.concatenate(parts) for parts in zip(*routing, strict=True))
-        self._counted = np.asarray(counted).reshape(-1) > 0
+    def __init__(self, experts: Experts, h: jax.Array, chosen: np.ndarray, weights: np.ndarray):
+        """Take h [T, D], and what each token chose with which weights, [T, k]; the weights of padding are zero."""
+        self._experts, self._h, self._chosen, self._weights = experts, h, chosen, weights
 
     def inputs(self, expert: int) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Yield the inputs of an expert and their weights."""
@@ -268,8 +279,8 @@ class _ExpertTokens:
             yield _inner_of(gate_up, x, expert), weights
 
     def _take(self, expert: int, least: int) -> Iterator[tuple[jax.Array, jax.Array]]:
-        mine = np.where(self._chosen == expert, self._weights, 0).sum(axis=1) * self._counted
-        rows, others = np.flatnonzero(mine), np.flatnonzero(self._counted & (mine == 0))
+        mine = np.where(self._chosen == expert, self._weights, 0).sum(axis=1)
+        rows, others = np.flatnonzero(mine), np.flatnonzero((mine == 0) & self._weights.any(axis=1))
         weights = mine[rows]
         if (more := min(least - len(rows), len(others))) > 0:
             rows = np.concatenate([rows, others[np.arange(more) * len(others) // more]])

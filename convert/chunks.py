@@ -195,9 +195,7 @@ def plan_parameters(
         chunk = _chunk_shape(weights[path], itemsize, axes, single_experts=".experts." in path)
         chunk = (*chunk[:-1], chunk[-1] * shape[-1] // weights[path][-1])
         if quantized:
-            scales = Parameter(
-                scale, shapes[scale], dtypes[scale], (*chunk[:axes], *shapes[scale][axes:]), ()
-            )
+            scales = Parameter(scale, shapes[scale], dtypes[scale], (*chunk[:axes], *shapes[scale][axes:]), ())
             parameters.append(scales)
         parameters.append(Parameter(path, shape, dtypes[path], chunk, tuple(ordered), scales))
     return parameters
