@@ -98,10 +98,10 @@ def read_text(path: str, model: ForeignModel) -> CalibrationText:
             for name, content in model.small_files.items():
                 (pathlib.Path(directory) / name).write_bytes(content)
         documents, digest = _read(path, directory, model.config)
-    data = TrainingData([Part((documents,))], 1, LENGTH, None)
-    rows = data.steps(1)
     if (tokens := int(documents.lengths.sum())) < LEAST_TOKENS:
         raise UserError(f"--calibration={path}: has {tokens:,} tokens; give a text of at least {LEAST_TOKENS:,}")
+    data = TrainingData([Part((documents,))], 1, LENGTH, None)
+    rows = data.steps(1)
     chosen = [i * rows // min(rows, MOST_ROWS) for i in range(min(rows, MOST_ROWS))]
     found = [data.batch(step) for step in chosen]
     found += [data.batch(rows - 1)._replace(segments=np.full((1, LENGTH), -1, np.int32))] * (-len(found) % _ROWS)
@@ -137,8 +137,8 @@ def memory(text: CalibrationText, config: ModelConfig, parameters: list[Paramete
     widest = max(config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
     experts = 3 * config.hidden_size * max(config.intermediate_size, _EXPERTS * config.moe_intermediate_size)
     # The activations before and after a norm, and while they are put together; a layer as stored, and what of its
-    # weights is unpacked at a time. In each thread H, its factor and what is between, and the weights.
-    return 3 * activations + max(layers.values()) + 8 * experts, 16 * widest * widest + 4 * CHUNK_BYTES
+    # weights is unpacked at a time; H, its factor and what is between. In each thread a chunk of weights, in float32.
+    return 3 * activations + max(layers.values()) + 8 * experts + 16 * widest**2, 4 * CHUNK_BYTES
 
 
 class Calibration:

@@ -82,8 +82,12 @@ def convert(
     shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
     parameters = plan_parameters(placements, shapes, parameter_dtypes(config, placements, requested))
     _say_what_is_odd(model, ignored)
-    text = None if calibration is None else read_text(calibration, model)
-    threads = thread_count(host_memory_gb, *(memory(text, config, parameters) if text else ()))
+    text, needs = None, (0, 0)
+    if calibration is not None:
+        text = read_text(calibration, model)
+        needs = memory(text, config, parameters)
+        say(f"{calibration}: calibrating on {text.tokens:,} tokens")
+    threads = thread_count(host_memory_gb, *needs)
 
     shards = {file: [fields["bytes"], fields["header"]] for file, fields in model.fingerprint["shards"].items()}
     distributed.agree({f"the content of --source={source}": [shards, model.fingerprint["small_files"]]})

@@ -11,7 +11,7 @@ import convert
 from convert import calibration, chunks, converter
 from convert.gptq import factor, gram, round_to
 from convert.source import Source, read_model
-from ernie_jax import checkpoint
+from ernie_jax import checkpoint, distributed
 from ernie_jax.cli.models import embedded_model
 from ernie_jax.config import QUANTIZED_FORMS
 from ernie_jax.errors import UserError
@@ -209,6 +209,7 @@ def test_texts(embedded, tmp_path):
         ("lines.jsonl", None, "lines.jsonl: no such file"),
         ("text.txt", b"light \xff", "text.txt: not UTF-8 at byte 6"),
         ("text.txt", b"And God said", r"text.txt: has \d tokens; give a text of at least 100"),
+        ("text.txt", b"", "text.txt: has 0 tokens"),
         ("lines.jsonl", b'{"text": "And"}\n{"text": 3}\n', "lines.jsonl, line 2: "),
         ("ids.npy", b"numbers", "ids.npy: not a .npy file"),
     ],
@@ -221,9 +222,13 @@ def test_bad_texts(name, content, message, tmp_path, ours):
     assert "\n" not in str(error.value) and not ours.exists()
 
 
-def test_refused(text, ours):
+def test_refused(text, ours, monkeypatch):
     with pytest.raises(UserError, match="--calibration=.*text.npy is for --quantize"):
         convert.convert(str(embedded_model()), str(ours), calibration=text)
+    with monkeypatch.context() as several:
+        several.setattr(distributed, "process_count", lambda: 2)
+        with pytest.raises(UserError, match="--calibration=.*text.npy takes one process.* here are 2"):
+            convert.convert(str(embedded_model()), str(ours), quantize="int4", calibration=text)
     with pytest.raises(UserError, match="--host_memory_gb=0.3 is too little"):
         convert.convert(str(embedded_model()), str(ours), quantize="int4", calibration=text, host_memory_gb=0.3)
     assert not ours.exists()
