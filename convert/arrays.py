@@ -1,4 +1,4 @@
-"""The parameters of a finished checkpoint, read in slabs of bounded size."""
+"""The parameters of a checkpoint, read in slabs of bounded size or, where it is known to be small, whole."""
 
 from __future__ import annotations
 
@@ -76,6 +76,10 @@ class Arrays:
         self._arrays = {path: _checked(opened, self._where(path)) for path, opened in opening.items()}
         self.shapes = {path: array.shape for path, array in self._arrays.items()}
         self.dtypes = {path: array.dtype.numpy_dtype for path, array in self._arrays.items()}
+
+    def read(self, path: str) -> np.ndarray:
+        """Return a whole parameter; raises as `Slab.read` does."""
+        return _checked(self._arrays[path].read(), self._where(path))
 
     def slabs(self, placement: Placement) -> Iterator[Slab]:
         """Cut the place of a tensor into slabs, in the order of the tensor's elements."""

@@ -10,14 +10,14 @@ import bisect
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from convert.shards import StoredTensor, TensorReader
 from convert.table import Placement, scale_path
 from ernie_jax.errors import UserError
-from ernie_jax.ops import form_of, quantize
+from ernie_jax.ops import Quantized, form_of, quantize
 
 CHUNK_BYTES = 32 << 20  # of a quantised parameter before it is
 _EXACT = np.dtype(np.float32)  # in which weights are read to be quantised
@@ -95,6 +95,11 @@ class Chunk:
         return Chunk(parameter, key, self.start // each, self.count // each, self.size // each)
 
     @property
+    def form(self) -> str | None:
+        """The form that its weights are rounded to."""
+        return form_of(self.parameter.dtype)
+
+    @property
     def written_bytes(self) -> int:
         """How many bytes come of it, in one or two files."""
         return self.nbytes + (self.scales.nbytes if self.scales else 0)
@@ -119,11 +124,12 @@ class Chunk:
         """Name the files that the chunk needs."""
         return {run.tensor.file for run, _, _ in self.pieces()}
 
-    def fill(self, reader: TensorReader, buffer: np.ndarray) -> list[tuple[Chunk, np.ndarray]]:
+    def fill(self, reader: TensorReader, buffer: np.ndarray, rounding: Rounding) -> list[tuple[Chunk, np.ndarray]]:
         """Read the chunk's contents into the front of a byte buffer, and quantise them if that is asked for.
 
         Args:
           buffer: [at least buffer_bytes] uint8.
+          rounding: how they are quantised.
 
         Returns:
           The chunk with its bytes, [nbytes] uint8, which may be a part of the buffer; then that of its scales.
@@ -140,12 +146,21 @@ class Chunk:
         if scales is None:
             return [(self, elements.view(np.uint8))]
         try:
-            quantized = quantize(elements.reshape(scales.size, -1), form=form_of(self.parameter.dtype))
+            quantized = rounding(self, elements)
         except ValueError as error:
             names = ", ".join(run.tensor.name for run, _, _ in self.pieces())
             raise UserError(f"one of {names} {error}; it cannot be quantised") from None
         found = (self, quantized.values), (scales, quantized.scales)
         return [(chunk, array.reshape(-1).view(np.uint8)) for chunk, array in found]
+
+
+# Makes of a chunk's weights, in float32, one after the other, the numbers to store, of which only the order counts.
+Rounding = Callable[[Chunk, np.ndarray], Quantized]
+
+
+def nearest(chunk: Chunk, weights: np.ndarray) -> Quantized:
+    """Round each weight by itself: a Rounding."""
+    return quantize(weights.reshape(chunk.scales.size, -1), form=chunk.form)
 
 
 def plan_parameters(
@@ -180,9 +195,7 @@ def plan_parameters(
         chunk = _chunk_shape(weights[path], itemsize, axes, single_experts=".experts." in path)
         chunk = (*chunk[:-1], chunk[-1] * shape[-1] // weights[path][-1])
         if quantized:
-            scales = Parameter(
-                scale, shapes[scale], dtypes[scale], (*chunk[:axes], *shapes[scale][axes:]), ()
-            )
+            scales = Parameter(scale, shapes[scale], dtypes[scale], (*chunk[:axes], *shapes[scale][axes:]), ())
             parameters.append(scales)
         parameters.append(Parameter(path, shape, dtypes[path], chunk, tuple(ordered), scales))
     return parameters

@@ -11,13 +11,14 @@ import os
 import pathlib
 import queue
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
-from convert.chunks import CHUNK_BYTES, Chunk, plan_parameters
+from convert.calibration import Calibration, Stage, memory, read_text
+from convert.chunks import CHUNK_BYTES, Chunk, Rounding, nearest, plan_parameters
 from convert.converted import read_foreign_or_ours
 from convert.resources import check_free, explain_disk_errors, thread_count
 from convert.shards import TensorReader
@@ -27,6 +28,7 @@ from convert.target import JOURNAL, Target, chunk_name
 from ernie_jax import distributed
 from ernie_jax.checkpoint import parse_dtype
 from ernie_jax.distributed import say
+from ernie_jax.errors import UserError
 from ernie_jax.model import parameter_specs
 from ernie_jax.paths import is_local, storage_path
 
@@ -44,6 +46,7 @@ def convert(
     revision: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    calibration: str | None = None,
     host_memory_gb: float = 4.0,
     overwrite: bool = False,
     keep_download: bool = False,
@@ -60,6 +63,8 @@ def convert(
       dtype: "bfloat16", "float32" or "float16" for everything but the router; default: each tensor's own.
       quantize: "int8", "fp8" or "int4" for the weights of attention, MLPs and experts; default: they are as `dtype`
         says.
+      calibration: a text, by which weights are rounded so that the errors make up for each other (see `calibration`);
+        default: each weight is rounded to the nearest number.
       host_memory_gb: how much anonymous memory to use at most, in each process.
       overwrite: replace a checkpoint that is at the target, finished or not.
       keep_download: leave the shards of a hub id in Hugging Face's cache; by default each is deleted once written.
@@ -68,7 +73,8 @@ def convert(
       UserError: on a source that is no intact ERNIE 4.5 text model, a target that may not be written, a full disk.
     """
     requested = parse_dtype(dtype) if dtype is not None else None
-    threads = thread_count(host_memory_gb)
+    if calibration is not None:
+        _check_calibration(calibration, quantize)
     origin = Source(source, revision, keep_download)
     model = read_foreign_or_ours(origin) if quantize else read_model(origin)
     config = dataclasses.replace(model.config, quantize=quantize)
@@ -76,11 +82,19 @@ def convert(
     shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
     parameters = plan_parameters(placements, shapes, parameter_dtypes(config, placements, requested))
     _say_what_is_odd(model, ignored)
+    text, needs = None, (0, 0)
+    if calibration is not None:
+        text = read_text(calibration, model)
+        needs = memory(text, config, parameters)
+        say(f"{calibration}: calibrating on {text.tokens:,} tokens")
+    threads = thread_count(host_memory_gb, *needs)
 
     shards = {file: [fields["bytes"], fields["header"]] for file, fields in model.fingerprint["shards"].items()}
     distributed.agree({f"the content of --source={source}": [shards, model.fingerprint["small_files"]]})
     plan = {"source": source, "revision": origin.revision, "dtype": dtype, "quantize": quantize}
     plan["chunk_bytes"] = CHUNK_BYTES
+    if text:
+        plan["calibration"] = text.digest
     out = Target(storage_path(target), plan | model.fingerprint, overwrite)
     remaining = [chunk for parameter in parameters if parameter.runs for chunk in parameter.chunks()]
     total = sum(chunk.written_bytes for chunk in remaining)
@@ -96,8 +110,18 @@ def convert(
         out.begin()
         out.add_parameters(parameters)
         with _Progress(total, total - todo) as progress:
-            _write_chunks(_part(remaining), out, origin, staging, threads, progress)
-        out.finish(parameters, model.small_files, _facts(model, requested, quantize, ignored, parameters))
+            chunks = _part(remaining)
+            stages = Calibration(text, config, out.path).stages(chunks) if text else [Stage(chunks, nearest)]
+            _write_chunks(chunks, stages, out, origin, staging, threads, progress)
+        facts = _facts(model, requested, quantize, ignored, parameters)
+        out.finish(parameters, model.small_files, facts | ({"calibration": text.digest} if text else {}))
+
+
+def _check_calibration(path: str, quantize: str | None) -> None:
+    if quantize is None:
+        raise UserError(f"--calibration={path} is for --quantize; give a form or leave it out")
+    if (count := distributed.process_count()) > 1:
+        raise UserError(f"--calibration={path} takes one process, as layer comes after layer, and here are {count}")
 
 
 class _Progress:
@@ -112,6 +136,9 @@ class _Progress:
             self._bar.update(nbytes + sum(distributed.take_reports()))
         else:
             distributed.report(nbytes)
+
+    def say(self, what: str) -> None:
+        self._bar.set_description(f"convert, {what}" if what else "convert")
 
     def __enter__(self) -> _Progress:
         return self
@@ -131,9 +158,15 @@ def _part(chunks: list[Chunk]) -> list[Chunk]:
 
 
 def _write_chunks(
-    chunks: list[Chunk], target: Target, source: Source, staging: pathlib.Path, threads: int, progress: _Progress
+    chunks: list[Chunk],
+    stages: Iterable[Stage],
+    target: Target,
+    source: Source,
+    staging: pathlib.Path,
+    threads: int,
+    progress: _Progress,
 ) -> None:
-    """Write chunks group by group, journaling each while the next is being written."""
+    """Write chunks, which are those of the stages, group by group, journaling each while the next is being written."""
     buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
     for _ in range(threads if chunks else 0):
         buffers.put(np.empty(max(chunk.buffer_bytes for chunk in chunks), np.uint8))
@@ -141,10 +174,10 @@ def _write_chunks(
 
     with TensorReader() as reader, ThreadPoolExecutor(threads) as pool:
 
-        def write(chunk: Chunk):
+        def write(chunk: Chunk, rounding: Rounding):
             buffer = buffers.get()
             try:
-                return [target.write(part, contents) for part, contents in chunk.fill(reader, buffer)]
+                return [target.write(part, contents) for part, contents in chunk.fill(reader, buffer, rounding)]
             finally:
                 buffers.put(buffer)
 
@@ -160,15 +193,17 @@ def _write_chunks(
         opened: set[str] = set()
         pending: collections.deque = collections.deque()
         try:
-            for group in _groups(chunks):
-                for file in sorted(set().union(*(chunk.sources() for chunk in group)) - opened):
-                    reader.open(file, source.fetch(file, staging))
-                    opened.add(file)
-                pending.append((group, [pool.submit(write, chunk) for chunk in group]))
-                if len(pending) == 2:
+            for stage in stages:
+                progress.say(stage.label)
+                for group in _groups(stage.chunks):
+                    for file in sorted(set().union(*(chunk.sources() for chunk in group)) - opened):
+                        reader.open(file, source.fetch(file, staging))
+                        opened.add(file)
+                    pending.append((group, [pool.submit(write, chunk, stage.rounding) for chunk in group]))
+                    if len(pending) == 2:
+                        commit(*pending.popleft())
+                while pending:
                     commit(*pending.popleft())
-            while pending:
-                commit(*pending.popleft())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -24,6 +24,12 @@ def _define_convert(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "quantize", None, "int8, fp8 or int4: round the weights of attention, MLPs and experts so", flag_values=values
     )
+    flags.DEFINE_string(
+        "calibration",
+        None,
+        "with --quantize: a text (.txt, JSON lines of training, .npy) on which rounding is to change the outputs least",
+        flag_values=values,
+    )
     flags.DEFINE_float("host_memory_gb", 4.0, "memory that each process may use", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "replace a checkpoint at --target", flag_values=values)
     flags.DEFINE_bool("keep_download", False, "keep downloaded shards once they are written", flag_values=values)
@@ -41,6 +47,7 @@ def _convert(values: flags.FlagValues) -> None:
         revision=values.revision,
         dtype=values.dtype,
         quantize=values.quantize,
+        calibration=values.calibration,
         host_memory_gb=values.host_memory_gb,
         overwrite=values.overwrite,
         keep_download=values.keep_download,
@@ -96,6 +103,7 @@ CONVERT = Command(
         "main.py convert --source=downloads/ERNIE-4.5-21B-A3B-PT --target=gs://bucket/21b",
         "main.py convert --source=baidu/ERNIE-4.5-21B-A3B-PT --target=checkpoints/21b-int8 --quantize=int8",
         "main.py convert --source=checkpoints/21b --target=checkpoints/21b-int4 --quantize=int4",
+        "main.py convert --source=checkpoints/21b --target=checkpoints/21b-gptq --quantize=int4 --calibration=text.txt",
         "main.py convert --source=... --target=... --coordinator=host0:8476 --num_processes=4 --process_id=2",
     ),
     _define_convert,

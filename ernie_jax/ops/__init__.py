@@ -39,6 +39,7 @@ from ernie_jax.ops.quantized import (
     dequantize,
     form_of,
     group_size,
+    pack,
     quantize,
     quantized_specs,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "grouped_mlp",
     "linear",
     "norm_route",
+    "pack",
     "packed_attention",
     "packed_problem",
     "paged_attention",

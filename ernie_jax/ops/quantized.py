@@ -15,8 +15,7 @@ INT8, FP8, INT4 = "int8", "fp8", "int4"
 _DTYPES = {INT8: np.dtype(np.int8), FP8: np.dtype(ml_dtypes.float8_e4m3fn), INT4: np.dtype(np.uint8)}
 _SCALE_DTYPES = {INT8: np.dtype(np.float32), FP8: np.dtype(np.float32), INT4: np.dtype(ml_dtypes.bfloat16)}
 _GROUPS = (128, 64, 32, 16)  # inputs that share a scale in int4; the largest that divides them
-_LEAST = {INT8: -127, FP8: -448, INT4: -8}
-_MOST = {INT8: 127, FP8: 448, INT4: 7}
+STEPS = {INT8: (-127, 127), FP8: (-448, 448), INT4: (-8, 7)}  # the least and the most that stands for a weight
 # The scales that are tried, as parts of the weight of the largest magnitude, sign included.
 _TRIALS = {
     # Of n weights, a range of 1 - n / (12 * 127^2) is about the best where one is much larger than the rest: 0.987 of
@@ -142,6 +141,14 @@ def quantize(weight: np.ndarray, outputs: int = 1, form: str = INT8) -> Quantize
     return Quantized(values.reshape(specs.values.shape), scales.reshape(specs.scales.shape))
 
 
+def pack(steps: np.ndarray, form: str) -> np.ndarray:
+    """Return the values that stand for float32 steps [n, inputs that share a scale], which must be of the form's."""
+    if form != INT4:
+        return steps.astype(_DTYPES[form])
+    low, high = np.split((steps + 8).astype(np.uint8), 2, axis=1)
+    return low | high << 4
+
+
 def dequantize(weight: Quantized) -> np.ndarray:
     """Return the weight [*out, *in] in float32."""
     values, scales = np.asarray(weight.values), np.asarray(weight.scales, np.float32)
@@ -173,11 +180,8 @@ def _quantize_rows(rows: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]
     exact = rows / scales.astype(np.float32)[:, None]
     if form != FP8:
         np.rint(exact, out=exact)
-    np.clip(exact, _LEAST[form], _MOST[form], out=exact)
-    if form != INT4:
-        return exact.astype(_DTYPES[form]), scales
-    low, high = np.split((exact + 8).astype(np.uint8), 2, axis=1)
-    return low | high << 4, scales
+    np.clip(exact, *STEPS[form], out=exact)
+    return pack(exact, form), scales
 
 
 def _best_scales(rows: np.ndarray, form: str) -> np.ndarray:
@@ -200,7 +204,7 @@ def _best_scales(rows: np.ndarray, form: str) -> np.ndarray:
             np.bitwise_and(rounded.view(np.uint32), 0xFFF00000, out=rounded.view(np.uint32))
         else:
             np.rint(exact, out=rounded)
-            np.clip(rounded, _LEAST[form], _MOST[form], out=rounded)
+            np.clip(rounded, *STEPS[form], out=rounded)
         exact -= rounded
         steps[steps == 0] = 1
         errors = np.einsum("ij,ij->i", exact, exact) / steps / steps

@@ -84,13 +84,14 @@ def test_a_step_fits_and_sends_what_it_must(case):
 
 
 @functools.cache
-def quantized(form, where, layers, tokens, context=8192):
+def quantized(form, where, layers, tokens, cached=65536, context=8192, kv_dtype=None):
     """Compile a step of the 21B model, cut to some layers, on one chip; `tokens` of one prompt if more than 64."""
     config = read_config("21b-a3b")
     config = dataclasses.replace(config, num_hidden_layers=layers, moe_layer_end_index=layers - 1, quantize=form)
     layout = make_layout(config, parse_topology(where).compile_devices())
-    shape = (decode_shape if tokens <= 64 else prefill_shape)(config, layout, tokens, context)
-    return lower_step(config, layout, jnp.bfloat16, shape, 65536 // PAGE_SIZE + 1).compile().memory_analysis()
+    shape = (decode_shape if tokens <= 64 else prefill_shape)(config, layout, tokens, context, kv_dtype=kv_dtype)
+    lowered = lower_step(config, layout, jnp.bfloat16, shape, cached // PAGE_SIZE + 1, kv_dtype=kv_dtype)
+    return lowered.compile().memory_analysis()
 
 
 # Written out in bfloat16, the smallest weight of a layer has 13 MB, the largest 1 GB.
@@ -108,14 +109,21 @@ def test_quantised_weights_are_not_written_out(form, where, tokens, most):
     assert temporaries < most
 
 
-def test_int4_21b_fits_a_v5e_chip():
-    """With 65,536 cached tokens, decoding 8 sequences; of a prefill step two layers tell what is left for."""
-    memory = quantized("int4", "v5e:1x1", 28, 8)
+@pytest.mark.parametrize(
+    ("tokens", "cached"),
+    [(8, {}), (1, {"cached": 131072, "context": 131072, "kv_dtype": jnp.float8_e4m3fn})],
+    ids=["65536", "131072-fp8"],
+)
+def test_int4_21b_fits_a_v5e_chip(tokens, cached):
+    """With so many cached tokens, decoding some sequences; of a prefill step two layers tell what is left for."""
+    memory = quantized("int4", "v5e:1x1", 28, tokens, **cached)
     assert memory.temp_size_in_bytes < 60e6  # nothing is written out here either
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
     free = parse_topology("v5e:1x1").chip.device_memory - used
-    assert free > 1.25 * quantized("int4", "v5e:1x1", 2, 512).temp_size_in_bytes
+    prefill = quantized("int4", "v5e:1x1", 2, 512, **cached).temp_size_in_bytes
+    print(f"{used / 2**30:.2f} GiB used, {free / 2**30:.2f} free, of which prefill takes {prefill / 2**30:.2f} more")
+    assert free > 1.25 * prefill
 
 
 @pytest.mark.parametrize("kv_dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "fp8"])
