@@ -119,8 +119,7 @@ def describe_training(model: str, plan: TrainingPlan) -> str:
     if plan.temporaries is None:
         return "\n".join([*lines, f"  usable       {_gib(plan.memory)}"])
     steps = plan.roofline
-    whole = plan.depths == (plan.config.num_hidden_layers,)
-    compiled = f"{' and '.join(map(str, plan.depths))} layers" + ("" if whole else ", and as much for each more")
+    compiled = f"{plan.depths[-1]} of {plan.config.num_hidden_layers} layers, beside what the others hold"
     again = f", {plan.model_flops / 1e12:.3g} without what is done again"
     lines += [
         f"  temporaries  {_gib(plan.temporaries)}   compiled: {compiled}",

@@ -1,8 +1,9 @@
 """Plan a recipe's training step for a TPU slice: whether it fits, the smallest slice that does, and its roofline.
 
 What is compiled are two programs with few layers and one part of a step, so that there is no loop whose inner work the
-compiler might move out while it is small: each further layer is taken to add what the second program has more than the
-first, and each further part to repeat what is sent. Weights, moments and operations are counted for the whole model.
+compiler might move out while it is small. Beside them the device holds what the other layers would have there: given
+more room, the compiler would use it. Each further layer is taken to send what the second program does more than the
+first, and each further part to repeat it. Weights, moments and operations are counted for the whole model.
 """
 
 from __future__ import annotations
@@ -150,22 +151,30 @@ def _measure(
     layers = " and ".join(map(str, depths))
     announce(f"compiling {layers} layers for {topology.name}, sharding {layout.describe()}: some minutes")
     part = dataclasses.replace(recipe, batch_size=recipe.batch_size // recipe.accumulate, accumulate=1)
-    trainers = {depth: Trainer(part, _cut(config, depth), layout) for depth in depths}
+    kept = part.batch_size // layout.groups * recipe.sequence_length * config.hidden_size  # what goes between layers
+    kept *= parse_dtype(recipe.dtype).itemsize
+    lowered = {}
+    for depth in depths:
+        one = Trainer(part, _cut(config, depth), layout)
+        less = one.abstract_state()
+        missing = plan.state - shard_bytes(less) + gradients - shard_bytes(less.parameters)
+        held = missing + sums + kept * (config.num_hidden_layers - depth)
+        lowered[f"{depth} layers"] = one.lower(held >> 20)
     try:
-        programs = compile_all({f"{depth} layers": one.lower() for depth, one in trainers.items()})
+        programs = compile_all(lowered)
     except TooLarge as error:
         return dataclasses.replace(plan, depths=depths, problem=str(error))
-    temporaries, sent = [], []
-    for one, program in zip(trainers.values(), programs.values(), strict=True):
-        temporaries.append(program.arguments + program.temporaries - _resident(one, bool(recipe.mtp_weight)))
-        sent.append(costs.link_bytes(program.collectives, topology))
+    needed = [program.arguments + program.temporaries for program in programs.values()]
+    sent = [costs.link_bytes(program.collectives, topology) for program in programs.values()]
+    # Where more is kept of a layer than what goes into it, the second program needs that more than the first.
+    total = needed[-1] if recipe.remat == "layers" else max(needed[-1], _at(config, depths, needed))
     forward, model_flops = _operations(recipe, config, trainer)
     flops = (model_flops + (forward if recipe.remat == "layers" else 0)) / topology.devices
     moved = _moved(recipe, config, layout, trainer, gradients)
     links, chip = recipe.accumulate * _at(config, depths, sent), topology.chip
     return dataclasses.replace(
         plan,
-        temporaries=int(_at(config, depths, temporaries)) + sums,
+        temporaries=int(total) - plan.state,
         depths=depths,
         flops=flops,
         model_flops=model_flops / topology.devices,
@@ -181,11 +190,11 @@ def _measure(
 
 
 def _depths(config: ModelConfig) -> tuple[int, ...]:
-    """Return how many layers to compile."""
+    """Return how many layers to compile: of one alone the compiler gathers the weights but once."""
     every = config.moe_layer_interval if config.is_moe else 1
-    if config.num_hidden_layers <= 2 * every:
+    if config.num_hidden_layers <= 3 * every:
         return (config.num_hidden_layers,)
-    return every, 2 * every
+    return 2 * every, 3 * every
 
 
 def _cut(config: ModelConfig, depth: int) -> ModelConfig:
@@ -201,13 +210,6 @@ def _at(config: ModelConfig, depths: tuple[int, ...], found: list[float]) -> flo
         return found[0]
     slope = (found[1] - found[0]) / (depths[1] - depths[0])
     return max(0.0, found[1] + slope * (config.num_hidden_layers - depths[1]))
-
-
-def _resident(trainer: Trainer, ahead: bool) -> int:
-    """Return the bytes of a state that a program takes: not those of multi-token prediction that is not learnt."""
-    state = trainer.abstract_state()
-    frozen = {name: leaf for name, leaf in state.frozen.items() if ahead or not name.startswith("mtp.")}
-    return shard_bytes(state._replace(frozen=frozen))
 
 
 def _operations(recipe: Recipe, config: ModelConfig, trainer: Trainer) -> tuple[float, float]:

@@ -130,8 +130,8 @@ class Trainer:
         optimizer = jax.eval_shape(self._optimizer.init, trained)
         return TrainState(trained, jax.tree_util.tree_map_with_path(place, optimizer), frozen)
 
-    def lower(self) -> jax.stages.Lowered:
-        """Lower `step` from shapes alone; the devices of the layout need not be here."""
+    def lower(self, held: int) -> jax.stages.Lowered:
+        """Lower a step from shapes alone, beside which each device holds so many MiB; it need not be here."""
         count, length = self._recipe.batch_size, self._recipe.sequence_length
 
         def rows(length, dtype=jnp.int32):
@@ -141,7 +141,10 @@ class Trainer:
         if options := self._recipe.preference_options:
             known = (rows(1, jnp.float32),) * 2 if options.needs_reference else None
             batch = PreferenceBatch(batch, batch, rows(1), known)  # one pair a row
-        return self.step.lower(self.abstract_state(), batch)
+        place = self._layout.sharding(("token", None, None))
+        more = jax.ShapeDtypeStruct((self._layout.mesh.size, held, 1 << 20), jnp.int8, sharding=place)
+        step = jax.jit(lambda state, batch, _: self._step(state, batch), donate_argnums=0, keep_unused=True)
+        return step.lower(self.abstract_state(), batch, more)
 
     def _optimizer_shardings(self) -> optax.OptState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().optimizer)
