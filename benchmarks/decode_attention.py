@@ -2,8 +2,8 @@
 
     python benchmarks/decode_attention.py [BACKEND [KV_DTYPE]]
 
-Each row is a jitted program over the pages of a few layers, of which there are enough that no cache holds them; the floor
-is the keys and values that a layer must read over the bandwidth of a copy on this machine. Pages lie in no order.
+Each row is a jitted program over the pages of a few layers, of which there are enough that no cache holds them; the
+floor is the keys and values that a layer must read over the bandwidth of a copy on this machine. Pages lie in no order.
 """
 
 from __future__ import annotations

@@ -83,13 +83,16 @@ def _plan_training(values: flags.FlagValues) -> None:
     found = smallest_slice(recipe, config, chip, values.sharding, announce) if searched else None
     model = values.model or recipe.directory
     if values.json:
-        named = (("plan", plan), ("smallest", found))
+        named = (("plan", plan), ("smallest" if found and found.fits else "largest", found))
         print(json.dumps({name: report.training_object(model, one) for name, one in named if one}))
         return
     if plan:
         print(report.describe_training(model, plan))
     if searched:
-        print(f"\nthe smallest slice of {chip.title} that it fits" + ("" if found else ": none") + "\n")
+        what = "the smallest slice of {} that it fits"
+        if not (found and found.fits):
+            what = "it fits no slice of {} that its batch_size fills" + ("; the largest of them:" if found else "")
+        print(f"\n{what.format(chip.title)}\n")
     if found:
         print(report.describe_training(model, found))
 

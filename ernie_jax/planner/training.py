@@ -94,13 +94,16 @@ def plan_training(
 def smallest_slice(
     recipe: Recipe, config: ModelConfig, chip: Chip, sharding: str | None, announce: Announce
 ) -> TrainingPlan | None:
-    """Plan a recipe on the smallest slice that it fits, with a row of each group in each part; None: it fits none.
+    """Plan a recipe on the smallest slice that it fits, with a row of each group in each part.
+
+    Returns:
+      if it fits none, the plan of the largest that its rows fill, which says what is missing; None: they fill none.
 
     Raises:
       UserError: if the chip is no TPU.
     """
     _check(chip)
-    tried = set()
+    tried, found = set(), None
     for shape in slice_shapes(chip):
         topology = Topology(chip, shape)
         if topology.devices in tried:
@@ -111,13 +114,13 @@ def smallest_slice(
         except UserError:  # the model can't be cut into so many
             continue
         if layout.groups > recipe.batch_size:
-            return None
+            break
         if recipe.batch_size % layout.groups:
             continue
         adapted = dataclasses.replace(recipe, accumulate=recipe.batch_size // layout.groups)
         if (found := _measure(adapted, config, topology, layout, announce)).fits:
-            return found
-    return None
+            break
+    return found
 
 
 def _rows(recipe: Recipe) -> int:

@@ -96,7 +96,8 @@ def test_the_smallest_slice(deep, compiler, monkeypatch):
     assert len(compiler) == 4  # one chip was refused
     assert (plan.topology.name, plan.recipe.accumulate) == ("v5e:2x2", BATCH // 4)
     wide = dataclasses.replace(deep, hidden_size=65536, intermediate_size=131072)
-    assert smallest_slice(RECIPE, wide, CHIPS["v5e"], None, quiet) is None  # more chips than rows would do
+    largest = smallest_slice(RECIPE, wide, CHIPS["v5e"], None, quiet)
+    assert not largest.fits and largest.topology.devices == BATCH  # more chips than rows would do
     assert len(compiler) == 4
     plan = plan_training(RECIPE, wide, parse_topology("v5e:2x2"), None, None, quiet)
     assert not plan.fits and plan.temporaries is None
