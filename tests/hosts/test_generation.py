@@ -191,7 +191,7 @@ def test_a_hugging_face_directory_is_converted_by_all(start, processes, cache):
     assert "converting" in first.err and "convert: 100%" in first.err
 
 
-@pytest.mark.parametrize("command", ["chat", "demo", "train --config=x", "export --source=x --target=y"])
+@pytest.mark.parametrize("command", ["chat", "demo", "export --source=x --target=y"])
 def test_commands_of_one_process(command, monkeypatch, capsys):
     variables = {"JOB_ID": 1, "STEP_NODELIST": "a,b", "NTASKS": 2, "PROCID": 0, "LOCALID": 0}
     for name, value in variables.items():
