@@ -87,7 +87,7 @@ def run(
         sizes = {name: leaf.size for name, leaf in trainer.plan.abstract.items()}
         pace = Pace(config, layout, sizes, recipe.lora is not None, ahead=bool(recipe.mtp_weight))
         places = recipe.batch_size * recipe.sequence_length * (1 if recipe.preference is None else 2)
-        if progress:
+        if not quiet:
             tqdm.write(f"experts: {recipe.expert_backend}, attention: {trainer.backends.attention}", file=sys.stderr)
         began = time.perf_counter()
         with tqdm(total=recipe.steps, initial=start, desc="train", unit="step", disable=quiet) as bar:

@@ -195,7 +195,7 @@ def test_preferences_as_others_write_them(tmp_path):
 
 
 def test_all_examples_are_good():
-    names = [path.name for path in sorted(EXAMPLES.glob("*.jsonl"))]
+    names = [path.name for path in sorted(EXAMPLES.glob("*.jsonl")) if path.name != "questions.jsonl"]  # prompts
     assert len(names) >= 8
     for name in names:
         found = read(EXAMPLES / name)
