@@ -14,35 +14,20 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.prefill_ops import distance, seconds
 from ernie_jax.ops import grouped_mlp, packed_attention, packed_kernel
 
 D, F, E, TOP, KV, GROUP, HEAD = 2560, 1536, 64, 6, 4, 5, 128
 
 
-def seconds(call, repeats: int = 20) -> float:
-    """Return the time of a call, of so many that queue up."""
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    for _ in range(repeats):
-        out = call()
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / repeats
-
-
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     make = jax.jit(lambda key: (jax.random.normal(key, shape, jnp.bfloat16) * scale).astype(jnp.bfloat16))
     return make(jax.random.key(seed))
-
-
-def distance(out, expected) -> float:
-    out, expected = (np.asarray(x, np.float64) for x in (out, expected))
-    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
 
 
 def guarded(row):
@@ -109,7 +94,7 @@ def time_attention(attend, rows, length, documents):
     with jax.default_matmul_precision("highest"):
         expected, back = jax.vjp(lambda *qkv: reference(*qkv, given[3]), *wide)
         expected = [expected, *back(pull.astype(jnp.float32))]
-    errors = " ".join(f"{distance(*pair):.1e}" for pair in zip(found, expected, strict=True))
+    errors = " ".join(f"{distance(out, np.asarray(exact)):.1e}" for out, exact in zip(found, expected, strict=True))
 
     *given, pull = draw(length)
     step, gradient = jax.jit(attend), jax.jit(gradient)
@@ -164,7 +149,7 @@ def time_experts(backend, tokens, learns):
 
     *given, pull = draw(256 if backend != "mosaic" else 576)
     found, expected = (jax.jit(functools.partial(gradient, b))(*given, gate_up, down, pull) for b in (backend, "dense"))
-    errors = " ".join(f"{distance(*pair):.1e}" for pair in zip(found, expected, strict=True))
+    errors = " ".join(f"{distance(out, np.asarray(exact)):.1e}" for out, exact in zip(found, expected, strict=True))
     *given, pull = draw(tokens)
     step, both = (jax.jit(functools.partial(call, backend)) for call in (forward, gradient))
     first = seconds(lambda: step(*given, gate_up, down), 10)
