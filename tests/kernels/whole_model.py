@@ -19,6 +19,8 @@ from ernie_jax.sharding import Layout, single
 
 XLA = {f"{op}_backend": "xla" for op in ("attention", "linear", "router")}
 PAGE = 128
+# A near-tie of a router falls the other way in a row of a hundred or so: this many rows that the median is without.
+ROWS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def compare(
 ) -> dict[str, np.ndarray]:
     """Return, for "ours" and "xla", each row's distance of the logits from float32's, and the new keys' and values'.
 
-    Caches hold random numbers, in pages in random order, the same for all three.
+    A case of few rows is drawn several times. Caches hold random numbers, in pages in random order, the same for all three.
 
     Args:
       pair: what `models` returns.
@@ -62,6 +64,18 @@ def compare(
     """
     layout = single()
     model, wide = pair or models(config, layout)
+    tokens = sum(new for _, new in case.runs)
+    experts = {"expert_backend": "dense" if tokens <= 256 else "blocks"}
+    steps = {
+        "exact": (DeviceStep(wide, layout, **XLA, **experts, kv_dtype=kv_dtype), kv_dtype or jnp.float32),
+        "ours": (DeviceStep(model, layout, **backends, kv_dtype=kv_dtype), kv_dtype or jnp.bfloat16),
+        "xla": (DeviceStep(model, layout, **XLA, **experts, kv_dtype=kv_dtype), kv_dtype or jnp.bfloat16),
+    }
+    draws = [_draw(config, case, rng, steps, kv_dtype or jnp.bfloat16) for _ in range(-(-ROWS // len(case.runs)))]
+    return {name: np.concatenate([draw[name] for draw in draws]) for name in draws[0]}
+
+
+def _draw(config, case, rng, steps, kv_dtype) -> dict[str, np.ndarray]:
     widths = [-(-sum(run) // PAGE) for run in case.runs]
     count = sum(widths) + 3
     order = rng.permutation(count - 1)[: sum(widths)]
@@ -90,21 +104,19 @@ def compare(
         kv = np.asarray(kv, np.float64)
         return kv if scales is None else kv * np.moveaxis(np.asarray(scales, np.float64), 3, 1)[..., None]
 
-    def run(model, dtype, **backends):
-        device = DeviceStep(model, layout, **backends, kv_dtype=kv_dtype)
-        pages = [draw(key, kv_dtype or dtype) for key in keys]
-        last = layout.put(np.zeros(rows, np.int32))
+    def run(device, dtype):
+        pages = [draw(key, dtype) for key in keys]
+        last = single().put(np.zeros(rows, np.int32))
         (logits, *_), pages = device.forward(pages, last, device.place(pack(step)), step.shape)
         return np.asarray(logits, np.float64), np.stack([read(layer) for layer in pages])
 
-    before = np.stack([read(draw(key, kv_dtype or jnp.bfloat16)) for key in keys])
-    exact, cached = run(wide, jnp.float32, expert_backend="dense" if tokens <= 256 else "blocks", **XLA)
+    before = np.stack([read(draw(key, kv_dtype)) for key in keys])
+    exact, cached = run(*steps["exact"])
     found = {}
-    experts = "dense" if tokens <= 256 else "blocks"
-    for name, options in (("ours", backends), ("xla", XLA | {"expert_backend": experts})):
-        logits, pages = run(model, jnp.bfloat16, **options)
+    for name in ("ours", "xla"):
+        logits, pages = run(*steps[name])
         found[name] = np.linalg.norm(logits - exact, axis=1) / np.linalg.norm(exact, axis=1)
-        found[name + " pages"] = np.linalg.norm(pages - cached) / np.linalg.norm(cached - before)
+        found[name + " pages"] = np.linalg.norm(pages - cached, keepdims=True).ravel() / np.linalg.norm(cached - before)
         found[name + " tokens"] = logits.argmax(1)
     return found
 
@@ -117,10 +129,11 @@ def check(found: dict[str, np.ndarray]) -> str:
     """
     ours, xla = found["ours"], found["xla"]
     line = f"distance of logits from float32: median {np.median(ours):.1e} (XLA {np.median(xla):.1e}), "
-    line += f"worst {ours.max():.1e} ({xla.max():.1e}), cache {found['ours pages']:.1e} ({found['xla pages']:.1e}), "
+    cache, xla_cache = np.median(found["ours pages"]), np.median(found["xla pages"])
+    line += f"worst {ours.max():.1e} ({xla.max():.1e}), cache {cache:.1e} ({xla_cache:.1e}), "
     line += f"equal greedy tokens {np.mean(found['ours tokens'] == found['xla tokens']):.0%}"
     assert np.isfinite(ours).all(), line
     assert np.median(ours) < 1.5 * np.median(xla) + 2e-3, line
     assert np.quantile(ours, 0.9) < 2.5 * np.quantile(xla, 0.9) + 1e-2, line
-    assert found["ours pages"] < 1.5 * found["xla pages"] + 1e-3, line
+    assert cache < 1.5 * xla_cache + 1e-3, line
     return line
