@@ -55,7 +55,8 @@ def compare(
 ) -> dict[str, np.ndarray]:
     """Return, for "ours" and "xla", each row's distance of the logits from float32's, and the new keys' and values'.
 
-    A case of few rows is drawn several times. Caches hold random numbers, in pages in random order, the same for all three.
+    A case of few rows is drawn several times. Caches hold random numbers, in pages in random order, the same for all
+    three.
 
     Args:
       pair: what `models` returns.
