@@ -136,17 +136,17 @@ def parse_address(address: str) -> tuple[str, int]:
 
 def process_index() -> int:
     """Return the number of this process, from 0."""
-    return _place.index
+    return _team.index if _team else 0
 
 
 def process_count() -> int:
-    """Return how many processes run this command together."""
-    return _place.count
+    """Return how many processes run this command together: those that have met, so that nobody waits for others."""
+    return _team.count if _team else 1
 
 
 def is_primary() -> bool:
     """Tell whether this is process 0: the one that prints and writes single files."""
-    return _place.index == 0
+    return process_index() == 0
 
 
 def gather(value: Any) -> list[Any]:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ernie_jax import distributed
+from ernie_jax import distributed, team
 from ernie_jax.errors import UserError
 
 WORKER = pathlib.Path(__file__).parent / "worker.py"
@@ -58,6 +58,14 @@ def test_process_0_never_comes(run):
         assert result.code == 1
         assert "error: process 0 of 3 did not come within 2 s (127.0.0.1:" in result.err
         assert "Traceback" not in result.err
+
+
+def test_without_the_others_nobody_waits_for_them(port, monkeypatch):
+    monkeypatch.setattr(team, "ROLL_CALL_SECONDS", 0.1)
+    with pytest.raises(UserError, match="process 0 of 2 did not come"):
+        distributed.start(distributed.Place(1, 2, f"127.0.0.1:{port}"), {})
+    assert distributed.is_primary() and distributed.process_count() == 1 and distributed.take_reports(wait=True) == []
+    distributed.finish()
 
 
 def test_one_number_twice(processes, port):
