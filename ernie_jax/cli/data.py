@@ -34,8 +34,10 @@ def _data(values: flags.FlagValues) -> int:
     from ernie_jax.paths import storage_path
     from ernie_jax.train import load_recipe
     from ernie_jax.train.data import assemble, survey
+    from ernie_jax.train.recipe import check_directory
 
     recipe = load_recipe(values.config, values["set"].value)
+    check_directory(recipe)
     config = ModelConfig.from_file(storage_path(recipe.directory) / "config.json")
     files = []
     for file in survey(recipe, config):

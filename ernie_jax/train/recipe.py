@@ -13,6 +13,7 @@ from etils import epath
 
 from ernie_jax.errors import UserError
 from ernie_jax.lora import TARGETS, LoRA
+from ernie_jax.paths import storage_path
 from ernie_jax.train.fields import check_fields
 from ernie_jax.train.preference_options import PreferenceOptions
 from ernie_jax.train.sources import LONG_EXAMPLES, read_sources
@@ -237,6 +238,20 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
         return Recipe(**fields)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def check_directory(recipe: Recipe) -> None:
+    """Check that the recipe's model or checkpoint is there.
+
+    Raises:
+      UserError: naming the field, if it is not.
+    """
+    if storage_path(recipe.directory).exists():
+        return
+    field, advice = "model", "name a directory with config.json and the tokenizer's files"
+    if recipe.checkpoint:
+        field, advice = "checkpoint", f"make it first: main.py convert --source=... --target={recipe.checkpoint}"
+    raise UserError(f"recipe field {field} is {recipe.directory}: no such directory; {advice}")
 
 
 def _parse_value(text: str):

@@ -15,7 +15,7 @@ from ernie_jax.model import Ernie, initialize
 from ernie_jax.model.adapters import DOWN, UP, declare, draw
 from ernie_jax.paths import storage_path
 from ernie_jax.sharding import Layout, shard_abstract
-from ernie_jax.train.recipe import Recipe
+from ernie_jax.train.recipe import Recipe, check_directory
 
 Parameters = dict[str, jax.Array]  # dotted path, as in model.parameter_specs
 
@@ -108,6 +108,7 @@ def read_config(recipe: Recipe) -> ModelConfig:
     Raises:
       UserError: if there is none, or its positions are fewer than a row has.
     """
+    check_directory(recipe)
     if recipe.checkpoint:
         config = checkpoint.read_config(recipe.checkpoint)
     else:

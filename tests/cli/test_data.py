@@ -79,3 +79,12 @@ def test_bad_usage(run, recipe):
     assert run("data").code == 2
     assert run("data", f"--config={recipe}", "--examples=-1").code == 2
     assert run("data", "--config=missing.toml").code == 1
+
+
+@pytest.mark.parametrize("command", ["data", "train"])
+@pytest.mark.parametrize(("field", "words"), [("checkpoint", "convert --source=... --target=away"), ("model", "name")])
+def test_a_model_that_is_not_there(run, recipe, command, field, words):
+    other = {"checkpoint": "model", "model": "checkpoint"}[field]
+    result = run(command, f"--config={recipe}", f"--set={other}=", f"--set={field}=away")
+    assert result.code == 1 and result.err.count("\n") == 1
+    assert result.err.startswith(f"error: recipe field {field} is away: no such directory; ") and words in result.err

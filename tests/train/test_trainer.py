@@ -247,7 +247,7 @@ def test_batches_divide_over_the_groups(recipe, config):
         ({"attention_backend": "rpa"}, "attention_backend must be one of xla, mosaic, splash"),
         ({"attention_backend": "splash"}, "attention_backend: splash takes heads of 128, not of .*; use xla"),
         ({"sources": {"absent": 1}}, "absent.train.npy: no such file"),
-        ({"model": "nowhere"}, "config.json: no such file"),
+        ({"model": "nowhere"}, "recipe field model is nowhere: no such directory"),
         ({"sequence_length": 4096}, "sequence_length is 4096"),
         ({"learning_rate": 1e30}, "make learning_rate smaller"),
     ],
