@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from ernie_jax.chips import GIB
 from ernie_jax.engine.cache import kv_name
+from ernie_jax.planner.costs import Roofline
 from ernie_jax.planner.hlo import Collective
 from ernie_jax.planner.plan import Plan, StepPlan
 from ernie_jax.planner.topology import Topology, cloud_name
@@ -118,20 +122,13 @@ def describe_training(model: str, plan: TrainingPlan) -> str:
     ]
     if plan.temporaries is None:
         return "\n".join([*lines, f"  usable       {_gib(plan.memory)}"])
-    steps = plan.roofline
     compiled = f"{plan.depths[-1]} of {plan.config.num_hidden_layers} layers, beside what the others hold"
-    again = f", {plan.model_flops / 1e12:.3g} without what is done again"
     lines += [
         f"  temporaries  {_gib(plan.temporaries)}   compiled: {compiled}",
         f"  left         {_gib(plan.left)}   of {plan.memory / GIB:.2f} usable",
         "",
-        "a step at best",
-        f"  memory               {_size(plan.moved):>12}  {_seconds(steps.memory)}",
-        f"  compute        {plan.flops / 1e12:>12.3g} TFLOP  {_seconds(steps.compute)}{again}",
-        f"  links                {_size(steps.sent):>12}  {_seconds(steps.links)}",
-        f"  roofline, bound by   {steps.bound:>12}  {_seconds(steps.seconds)}",
-        f"  if nothing overlaps                {_seconds(steps.serial_seconds)}",
-        f"  tokens/s at most     {plan.tokens / steps.seconds:>12,.0f}",
+        *_best([_Best("", plan.tokens, plan.moved, plan.flops, plan.roofline)], _seconds),
+        f"  of the TFLOP {plan.model_flops / 1e12:.3g} without what is done again",
         "",
         f"compiled for the slice in {plan.seconds:.0f} s",
     ]
@@ -140,7 +137,7 @@ def describe_training(model: str, plan: TrainingPlan) -> str:
 
 def training_object(model: str, plan: TrainingPlan) -> dict:
     """Return a plan of a training step as an object that JSON can hold; bytes and seconds, of a device."""
-    recipe, steps = plan.recipe, plan.roofline
+    recipe = plan.recipe
     found = {
         "fits": plan.fits,
         "sharding": plan.layout.preset,
@@ -154,20 +151,14 @@ def training_object(model: str, plan: TrainingPlan) -> dict:
         "compiled_layers": list(plan.depths),
         "per_device": {"memory": plan.memory, "state": plan.state, "temporaries": plan.temporaries, "left": plan.left},
     }
-    if steps is None:
+    if plan.roofline is None:
         return found
     return found | {
         "tokens": plan.tokens,
-        "seconds": steps.seconds,
-        "bound": steps.bound,
-        "memory_seconds": steps.memory,
-        "compute_seconds": steps.compute,
-        "link_seconds": steps.links,
-        "serial_seconds": steps.serial_seconds,
+        **_roofline_object(plan.roofline),
         "moved_bytes": plan.moved,
         "flops": plan.flops,
         "model_flops": plan.model_flops,
-        "link_bytes": steps.sent,
         "compile_seconds": plan.seconds,
     }
 
@@ -186,16 +177,10 @@ def _topology_object(topology: Topology) -> dict:
 def _step_object(step: StepPlan) -> dict:
     return {
         "tokens": step.tokens,
-        "seconds": step.roofline.seconds,
-        "bound": step.roofline.bound,
-        "memory_seconds": step.roofline.memory,
-        "compute_seconds": step.roofline.compute,
-        "link_seconds": step.roofline.links,
-        "serial_seconds": step.roofline.serial_seconds,
+        **_roofline_object(step.roofline),
         "weight_bytes": step.cost.weights,
         "cache_bytes": step.cost.cache,
         "flops": step.cost.flops,
-        "link_bytes": step.roofline.sent,
         "collectives": [
             {
                 "kind": c.kind,
@@ -208,6 +193,18 @@ def _step_object(step: StepPlan) -> dict:
             for c in step.collectives
         ],
         "compile_seconds": step.program.seconds if step.program else None,
+    }
+
+
+def _roofline_object(roofline: Roofline) -> dict:
+    return {
+        "seconds": roofline.seconds,
+        "bound": roofline.bound,
+        "memory_seconds": roofline.memory,
+        "compute_seconds": roofline.compute,
+        "link_seconds": roofline.links,
+        "serial_seconds": roofline.serial_seconds,
+        "link_bytes": roofline.sent,
     }
 
 
@@ -254,22 +251,12 @@ def _memory(plan: Plan) -> list[str]:
 
 def _steps(plan: Plan) -> list[str]:
     steps = [getattr(plan, name) for name in _STEPS]
-
-    def row(title: str, cells: list[str]) -> str:
-        return f"  {title:<24}" + "".join(f"{cell:>24}" for cell in cells)
-
-    def times(title: str, name: str) -> str:
-        return row(title, [_ms(getattr(step.roofline, name)) for step in steps])
-
+    columns = [
+        _Best(title, step.tokens, step.cost.weights + step.cost.cache, step.cost.flops, step.roofline)
+        for title, step in zip(("decode", "prefill chunk"), steps, strict=True)
+    ]
     lines = [
-        "a step at best" + f"{'decode':>36}{'prefill chunk':>24}",
-        row("tokens", [f"{step.tokens:,}" for step in steps]),
-        row("memory", [f"{_size(s.cost.weights + s.cost.cache)}  {_ms(s.roofline.memory)}" for s in steps]),
-        row("compute", [f"{s.cost.flops / 1e12:.3g} TFLOP  {_ms(s.roofline.compute)}" for s in steps]),
-        row("links", [f"{_size(s.roofline.sent)}  {_ms(s.roofline.links)}" for s in steps]),
-        row("roofline, bound by", [f"{s.roofline.bound}  {_ms(s.roofline.seconds)}" for s in steps]),
-        times("if nothing overlaps", "serial_seconds"),
-        row("tokens/s at most", [f"{step.tokens / step.roofline.seconds:,.0f}" for step in steps]),
+        *_best(columns, _ms),
         "",
         "collectives of a step" + ("" if plan.compiled else " (as written, not compiled)"),
     ]
@@ -279,6 +266,34 @@ def _steps(plan: Plan) -> list[str]:
         seconds = (f"{name} {getattr(plan, name).program.seconds:.1f} s" for name in _STEPS)
         lines += ["", f"compiled for the slice: {', '.join(seconds)}"]
     return lines
+
+
+class _Best(NamedTuple):
+    """A column of `_best`: tokens, bytes and operations of a step, and what they take."""
+
+    title: str
+    tokens: int
+    moved: float
+    flops: float
+    roofline: Roofline
+
+
+def _best(columns: list[_Best], time: Callable[[float], str]) -> list[str]:
+    """Table what steps take at best, in times as `time` spells them."""
+
+    def row(title: str, cell: Callable[[_Best], str]) -> str:
+        return f"{title:<26}{''.join(f'{cell(column):>24}' for column in columns)}".rstrip()
+
+    return [
+        row("a step at best", lambda c: c.title),
+        row("  tokens", lambda c: f"{c.tokens:,}"),
+        row("  memory", lambda c: f"{_size(c.moved)}  {time(c.roofline.memory)}"),
+        row("  compute", lambda c: f"{c.flops / 1e12:.3g} TFLOP  {time(c.roofline.compute)}"),
+        row("  links", lambda c: f"{_size(c.roofline.sent)}  {time(c.roofline.links)}"),
+        row("  roofline, bound by", lambda c: f"{c.roofline.bound}  {time(c.roofline.seconds)}"),
+        row("  if nothing overlaps", lambda c: time(c.roofline.serial_seconds)),
+        row("  tokens/s at most", lambda c: f"{c.tokens / c.roofline.seconds:,.0f}"),
+    ]
 
 
 def _collective(item: Collective) -> str:
