@@ -6,33 +6,14 @@ import re
 
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
-from ernie_jax import kernels
 from ernie_jax.config import ModelConfig
 from ernie_jax.engine.aot import decode_shape, lower_step, mixed_shape, prefill_shape
 from ernie_jax.engine.cache import PAGE_SIZE, bytes_per_token
-from ernie_jax.errors import UserError
 from ernie_jax.planner.hlo import collectives
 from ernie_jax.sharding import make_layout
+from tests.hopper.conftest import h100s
 
-pytest.importorskip("jax_plugins.xla_cuda13", reason="JAX's CUDA plugin, of the test extra, is for Linux only")
-
-# What XLA wants to know of a GPU to compile for it: an H100 as its driver describes it.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 LAYERS = 4  # of the model's 28, of which the first is dense: the others are alike
 PAGES = 2000
 # (sharding, GPUs, tokens of a decode step, of a prompt, or of a prompt beside 64 sequences)
@@ -52,22 +33,12 @@ STEPS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def built():
-    """Compile our kernels, which XLA wants to find when it compiles a step."""
-    try:
-        kernels.build("90")
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 def compile_step(
     sharding, gpus, kind, tokens, compiler_options=None, layers=LAYERS, quantize=None, kv_dtype=None, **backends
 ):
     config = ModelConfig.from_file("configs/ernie-4.5-21b-a3b.json")
     config = dataclasses.replace(config, num_hidden_layers=layers, num_nextn_predict_layers=0, quantize=quantize)
-    topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{gpus}", target_config=H100)
-    layout = make_layout(config, topology.devices, preset=sharding)
+    layout = make_layout(config, h100s(gpus), preset=sharding)
     if kind == "mixed":
         shape = mixed_shape(config, layout, 64, tokens, 8192)
     else:

@@ -7,30 +7,16 @@ import re
 
 import jax
 import jax.numpy as jnp
-import pytest
-from jax.experimental import topologies
 
-from ernie_jax import kernels
 from ernie_jax.config import ModelConfig
-from ernie_jax.errors import UserError
 from ernie_jax.sharding import single
 from ernie_jax.train.data import Batch
 from ernie_jax.train.recipe import load_recipe
 from ernie_jax.train.trainer import Trainer
-from tests.hopper.test_step import H100
-
-pytest.importorskip("jax_plugins.xla_cuda13", reason="JAX's CUDA plugin, of the test extra, is for Linux only")
+from tests.hopper.conftest import h100s
 
 RECIPE = pathlib.Path("benchmarks/train.toml")
 LENGTH = 1024
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built():
-    try:
-        kernels.build("90")
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 def lower_step(*fields, layers=2):
@@ -38,8 +24,7 @@ def lower_step(*fields, layers=2):
     config = dataclasses.replace(
         config, num_hidden_layers=layers, moe_layer_end_index=layers - 1, num_nextn_predict_layers=0
     )
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
-    layout = single(topology.devices[0])
+    layout = single(*h100s(1))
     trainer = Trainer(load_recipe(RECIPE, [f"sequence_length={LENGTH}", *fields]), config, layout)
     rows = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32, sharding=layout.sharding(("group", None)))
     return trainer, trainer.step.lower(trainer.abstract_state(), Batch(*[rows] * 4))
