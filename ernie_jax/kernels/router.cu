@@ -27,29 +27,6 @@ ffi::Error route(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, f
   return launch_status("router");
 }
 
-ffi::Error norm_route(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer weight,
-                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> normalised, ffi::Result<ffi::AnyBuffer> experts,
-                      ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> probabilities,
-                      ffi::Result<ffi::AnyBuffer> scratch, float norm_min, float epsilon, int64_t clusters) {
-  const router::Problem p = {data<bf16>(x),
-                     data<bf16>(norm),
-                     data<float>(weight),
-                     data<float>(bias),
-                     data<bf16>(*normalised),
-                     data<int>(*experts),
-                     data<bf16>(*weights),
-                     data<float>(*probabilities),
-                     data<float>(*scratch),
-                     (int)x.dimensions()[0],
-                     (int)x.dimensions()[1],
-                     (int)weight.dimensions()[0],
-                     (int)experts->dimensions()[1],
-                     norm_min,
-                     epsilon};
-  router::run(stream, p, clusters);
-  return launch_status("router");
-}
-
 }  // namespace
 }  // namespace ernie
 
@@ -64,22 +41,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_route, ernie::route,
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Attr<float>("norm_min")
-                                  .Attr<int64_t>("clusters"),
-                              {ernie::ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_norm_route, ernie::norm_route,
-                              ernie::ffi::Ffi::Bind()
-                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Attr<float>("norm_min")
-                                  .Attr<float>("epsilon")
                                   .Attr<int64_t>("clusters"),
                               {ernie::ffi::Traits::kCmdBufferCompatible});

@@ -43,7 +43,7 @@ from ernie_jax.ops.quantized import (
     quantize,
     quantized_specs,
 )
-from ernie_jax.ops.router import ROUTER_BACKENDS, default_router_backend, norm_route, route
+from ernie_jax.ops.router import ROUTER_BACKENDS, default_router_backend, route
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -81,7 +81,6 @@ __all__ = [
     "group_size",
     "grouped_mlp",
     "linear",
-    "norm_route",
     "pack",
     "packed_attention",
     "packed_problem",

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from ernie_jax import kernels
 from ernie_jax.errors import UserError
-from ernie_jax.ops.norm import rms_norm
 from ernie_jax.ops.precision import einsum
 
 SPLITS = 8  # of router.cu
@@ -34,21 +33,7 @@ def route(
     Raises:
       UserError: if the backend does not take these shapes or dtypes.
     """
-    return ROUTER_BACKENDS[backend](x, None, 0.0, weight, correction_bias, k, norm_min)[1:]
-
-
-def norm_route(
-    x: jax.Array,  # [T, D]
-    norm_weight: jax.Array,  # [D]
-    epsilon: float,
-    weight: jax.Array,
-    correction_bias: jax.Array,
-    k: int,
-    norm_min: float,
-    backend: str = "xla",
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return h = rms_norm(x, norm_weight, epsilon) and what `route` makes of h."""
-    return ROUTER_BACKENDS[backend](x, norm_weight, epsilon, weight, correction_bias, k, norm_min)
+    return ROUTER_BACKENDS[backend](x, weight, correction_bias, k, norm_min)
 
 
 def default_router_backend(platform: str, tokens: int, width: int, experts: int, k: int, dtype: jnp.dtype) -> str:
@@ -68,18 +53,17 @@ def router_problem(width: int, experts: int, k: int, dtype: jnp.dtype) -> str | 
     return None
 
 
-def _xla(x, norm_weight, epsilon, weight, correction_bias, k, norm_min):
+def _xla(x, weight, correction_bias, k, norm_min):
     """The reference."""
-    h = x if norm_weight is None else rms_norm(x, norm_weight, epsilon)
-    logits = einsum("td,ed->te", h.astype(jnp.float32), weight)
+    logits = einsum("td,ed->te", x.astype(jnp.float32), weight)
     probabilities = jax.nn.softmax(logits, axis=-1)
     _, experts = jax.lax.top_k(probabilities + correction_bias, k)
     weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), norm_min)
-    return h, experts, weights.astype(x.dtype), probabilities
+    return experts, weights.astype(x.dtype), probabilities
 
 
-def _cuda(x, norm_weight, epsilon, weight, correction_bias, k, norm_min, clusters=True):
+def _cuda(x, weight, correction_bias, k, norm_min, clusters=True):
     """One kernel; without clusters two, as on GPUs that have none."""
     tokens, width = x.shape
     experts = len(weight)
@@ -92,12 +76,7 @@ def _cuda(x, norm_weight, epsilon, weight, correction_bias, k, norm_min, cluster
         jax.ShapeDtypeStruct((tokens, SPLITS, experts), jnp.float32),
     ]
     options = {"norm_min": float(norm_min), "clusters": int(clusters)}
-    if norm_weight is None:
-        *routing, _ = kernels.call("ernie_route", out, x, weight, correction_bias, **options)
-        return x, *routing
-    out.insert(0, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    options["epsilon"] = float(epsilon)
-    *routing, _ = kernels.call("ernie_norm_route", out, x, norm_weight, weight, correction_bias, **options)
+    *routing, _ = kernels.call("ernie_route", out, x, weight, correction_bias, **options)
     return tuple(routing)
 
 

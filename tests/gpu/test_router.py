@@ -41,11 +41,6 @@ def test_small_probabilities_are_divided_by_norm_min(rng):
     cases.check_norm_min(rng)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 64, 256])
-def test_norm_route(tokens, rng):
-    cases.check_norm_route(rng, tokens)
-
-
 def test_repeated_in_one_program(rng):
     """Results do not depend on what ran before, nor on what runs beside."""
     inputs = [cases.draw_router(rng, tokens) for tokens in (1, 4, 1, 30, 1, 256, 1, 8)]

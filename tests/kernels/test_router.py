@@ -38,8 +38,3 @@ def test_of_equals_the_lower_id_is_chosen(tokens):
 
 def test_small_probabilities_are_divided_by_norm_min(rng):
     cases.check_norm_min(rng, 256)
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_norm_route(tokens, rng):
-    cases.check_norm_route(rng, tokens, 640)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ernie_jax.errors import UserError
-from ernie_jax.ops import default_router_backend, norm_route, rms_norm, route
+from ernie_jax.ops import default_router_backend, route
 
 SETTINGS = {"k": 6, "norm_min": 1e-12}
 
@@ -53,15 +53,6 @@ def test_small_probabilities_are_divided_by_norm_min(rng):
     x, weight, bias = draw(rng, 3, 128, 16, True, jnp.float32)
     experts, weights, probabilities = route(x, weight, bias, 2, 4.0)
     np.testing.assert_allclose(weights, np.take_along_axis(probabilities, experts, axis=1) / 4, rtol=1e-6)
-
-
-def test_norm_route_is_the_norm_and_the_route(rng):
-    x, weight, bias = draw(rng, 5, 128, 16, True, jnp.bfloat16)
-    scale = jnp.asarray(rng.normal(size=128), jnp.bfloat16)
-    h, *routing = norm_route(x, scale, 1e-5, weight, bias, **SETTINGS)
-    np.testing.assert_array_equal(h, rms_norm(x, scale, 1e-5))
-    for mine, expected in zip(routing, route(h, weight, bias, **SETTINGS), strict=True):
-        np.testing.assert_array_equal(mine, expected)
 
 
 @pytest.mark.parametrize(
