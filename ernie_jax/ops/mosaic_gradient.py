@@ -13,7 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ernie_jax.ops import mosaic_kernel
 
 STEP = 64  # rows contracted at a time, at a multiple of which an expert's rows begin
-_ROWS, _COLUMNS = 128, 256  # of a tile, over two warpgroups
+_ROWS = 128  # of a tile, over two warpgroups
+_COLUMNS = 256, 64  # of a tile, the most that divide what is there: those of adapters are few
 _EPILOGUE = 64  # rows and columns that leave a warpgroup at a time
 
 
@@ -40,9 +41,10 @@ def grouped_outer_product(
       ValueError: if the sizes are no multiples of the tiles.
     """
     (_, outputs), (_, inner), experts = left.shape, right.shape, len(groups)
-    if outputs % _ROWS or inner % _COLUMNS:
-        raise ValueError(f"tiles of {_ROWS} x {_COLUMNS} do not divide {outputs} x {inner}")
-    down, across = outputs // _ROWS, inner // _COLUMNS
+    columns = next((size for size in _COLUMNS if inner % size == 0), None)
+    if outputs % _ROWS or columns is None:
+        raise ValueError(f"tiles of {_ROWS} x {_COLUMNS[-1]} do not divide {outputs} x {inner}")
+    down, across, pieces = outputs // _ROWS, inner // columns, columns // _EPILOGUE
 
     def tile_of(index):
         expert, place = lax.div(index, down * across), lax.rem(index, down * across)
@@ -74,7 +76,7 @@ def grouped_outer_product(
 
                 rows = pl.ds((first + turn) * STEP, STEP)
                 plgpu.copy_gmem_to_smem(left_ref.at[rows, pl.ds(i * _ROWS, _ROWS)], a.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(right_ref.at[rows, pl.ds(j * _COLUMNS, _COLUMNS)], b.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(right_ref.at[rows, pl.ds(j * columns, columns)], b.at[slot], full.at[slot])
 
             return turns
 
@@ -113,16 +115,15 @@ def grouped_outer_product(
 
                 return total[...]
 
-            y = pl.run_scoped(accumulate, plgpu.ACC((_EPILOGUE, _COLUMNS))).astype(left.dtype)
-            pieces = _COLUMNS // _EPILOGUE
+            y = pl.run_scoped(accumulate, plgpu.ACC((_EPILOGUE, columns))).astype(left.dtype)
             for piece in range(pieces):
-                buffer = piece % 2
+                buffer = lax.rem(info.local_index * pieces + piece, 2)  # not that of the piece before, of a tile before
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 out[group, buffer] = y[:, piece * _EPILOGUE : (piece + 1) * _EPILOGUE]
                 plgpu.commit_smem()
                 window = (
                     pl.ds(i * _ROWS + group * _EPILOGUE, _EPILOGUE),
-                    pl.ds(j * _COLUMNS + piece * _EPILOGUE, _EPILOGUE),
+                    pl.ds(j * columns + piece * _EPILOGUE, _EPILOGUE),
                 )
                 plgpu.copy_smem_to_gmem(out.at[group, buffer], out_ref.at[expert, *window])
             return turns
@@ -136,7 +137,7 @@ def grouped_outer_product(
         @functools.partial(
             pl.run_scoped,
             a=plgpu.SMEM((steps, STEP, _ROWS), left.dtype, transforms=swizzled),
-            b=plgpu.SMEM((steps, STEP, _COLUMNS), left.dtype, transforms=swizzled),
+            b=plgpu.SMEM((steps, STEP, columns), left.dtype, transforms=swizzled),
             out=plgpu.SMEM((2, 2, _EPILOGUE, _EPILOGUE), left.dtype, transforms=swizzled),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=steps),
             free=plgpu.Barrier(num_arrivals=2, num_barriers=steps),

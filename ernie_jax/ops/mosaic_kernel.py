@@ -51,6 +51,7 @@ def grouped_product(
     shared: jax.Array | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,  # [M], [E, 1 or 2, N] float32
     turned: bool = False,
+    adapter: tuple[jax.Array, jax.Array] | None = None,  # [M, R], [E, 1, N, R]
     interpret=None,
 ) -> jax.Array:
     """Multiply each block of rows by its expert's weight, transposed; with two weights return silu(first) * second.
@@ -62,6 +63,8 @@ def grouped_product(
       shared: the weights of further experts E, E + 1, ... side by side: [1 or 2, n N, K] or [1 or 2, N, n K].
       scales: of rows and weights that are both fp8, what sums are multiplied by; then none are shared.
       turned: the weights are [E, 1, K, N] and not transposed; of bfloat16 split by rows, none of them shared.
+      adapter: further rows and weights, turned [E, 1, R, N], whose product joins the same sums: of bfloat16, none of
+        the weights shared.
       interpret: parameters of Pallas' interpreter for tests.
 
     Returns:
@@ -77,17 +80,20 @@ def grouped_product(
     across = 2 if tiling.split == "columns" else 1  # warpgroups side by side
     block, step_inner = tiling.block, contracted(rows.dtype)
     dtype = rows.dtype if scales is None else jnp.bfloat16
-    if outputs % (width * across) or width % _EPILOGUE or inner % step_inner or inner // step_inner < tiling.steps:
-        raise ValueError(f"{tiling} does not divide rows {rows.shape} and weights {weight.shape}")
+    rank = 0 if adapter is None else adapter[0].shape[1]
+    ragged = outputs % (width * across) or width % _EPILOGUE or inner % step_inner or rank % step_inner
+    if ragged or inner // step_inner < tiling.steps:
+        raise ValueError(f"{tiling} does not divide rows {rows.shape}, weights {weight.shape} and a rank of {rank}")
     sizes = [0, *(size for size in _LOADED_ROWS if size < block), block]
-    column_tiles, turns = outputs // (width * across), inner // step_inner
+    column_tiles, own_turns = outputs // (width * across), inner // step_inner
+    turns = own_turns + rank // step_inner
     beside = (outputs, 0) if shared is None or shared.shape[2] == inner else (0, inner)  # from one expert to the next
 
     def tile_of(index, live):
         return plgpu.planar_snake(index, (live, column_tiles), 1, min(tiling.band, column_tiles))
 
     def load(refs, live, a, b, full, free):
-        blocks_ref, rows_ref, weight_ref, shared_ref = refs
+        blocks_ref, rows_ref, weight_ref, shared_ref, adapter_refs = refs
         plgpu.set_max_registers(40, action="decrease")
 
         @plgpu.nd_loop((live * column_tiles,), collective_axes="sm")
@@ -105,7 +111,7 @@ def grouped_product(
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
-                def load_weights(part):
+                def load_weights(weight_ref, turn, part):
                     first = (column_tile * across + part // gates) * width
                     target = None if turned else b.at[slot, pl.ds(part * width, width)]
 
@@ -130,16 +136,23 @@ def grouped_product(
                         pl.when(chosen < experts)(load_chosen)
                         pl.when(chosen >= experts)(load_shared)
 
-                for part in range(across * gates):
-                    load_weights(part)
+                def load_turn(rows_ref, weight_ref, turn):
+                    for part in range(across * gates):
+                        load_weights(weight_ref, turn, part)
 
-                def load_rows(size):
-                    source = rows_ref.at[pl.ds(first_row, size), pl.ds(turn * step_inner, step_inner)]
-                    plgpu.copy_gmem_to_smem(source, a.at[slot, pl.ds(0, size)], full.at[slot])
+                    def load_rows(size):
+                        source = rows_ref.at[pl.ds(first_row, size), pl.ds(turn * step_inner, step_inner)]
+                        plgpu.copy_gmem_to_smem(source, a.at[slot, pl.ds(0, size)], full.at[slot])
 
-                # Whole blocks of few rows would read as much from the second-level cache as the weights are.
-                for less, size in itertools.pairwise(sizes):
-                    pl.when((rows_here > less) & (rows_here <= size))(functools.partial(load_rows, size))
+                    # Whole blocks of few rows would read as much from the second-level cache as the weights are.
+                    for less, size in itertools.pairwise(sizes):
+                        pl.when((rows_here > less) & (rows_here <= size))(functools.partial(load_rows, size))
+
+                if adapter is None:
+                    load_turn(rows_ref, weight_ref, turn)
+                else:
+                    pl.when(turn < own_turns)(lambda: load_turn(rows_ref, weight_ref, turn))
+                    pl.when(turn >= own_turns)(lambda: load_turn(*adapter_refs, turn - own_turns))
 
         mine = lax.div(live * column_tiles + _SMS - 1 - lax.axis_index("sm"), _SMS) * turns
 
@@ -227,9 +240,11 @@ def grouped_product(
 
         plgpu.wait_smem_to_gmem(0)
 
-    def body(blocks_ref, live_ref, rows_ref, weight_ref, *more):
-        *more, out_ref = more
-        shared_ref, scales_refs = (None, more) if scales is not None else (more[0] if more else None, None)
+    more, structure = jax.tree.flatten((shared, scales, adapter))
+
+    def body(blocks_ref, live_ref, rows_ref, weight_ref, *refs):
+        *refs, out_ref = refs
+        shared_ref, scales_refs, adapter_refs = jax.tree.unflatten(structure, refs)
 
         def swizzled(size):
             return plgpu.TilingTransform((8, size)), plgpu.SwizzleTransform(_BYTES)
@@ -249,7 +264,7 @@ def grouped_product(
         def _(a, b, out, full, free):
             live = live_ref[0]
             loads = lax.axis_index("wg") == 2
-            refs = blocks_ref, rows_ref, weight_ref, shared_ref
+            refs = blocks_ref, rows_ref, weight_ref, shared_ref, adapter_refs
             pl.when(loads)(lambda: load(refs, live, a, b, full, free))
             pl.when(jnp.logical_not(loads))(
                 lambda: multiply(blocks_ref, scales_refs, out_ref, live, a, b, out, full, free)
@@ -265,7 +280,7 @@ def grouped_product(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    return kernel(blocks, live, rows, weight, *([] if shared is None else [shared]), *(scales or ()))
+    return kernel(blocks, live, rows, weight, *more)
 
 
 def contracted(dtype: jnp.dtype) -> int:

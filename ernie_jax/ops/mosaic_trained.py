@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ernie_jax.errors import UserError
+from ernie_jax.ops.adapted import Adapted
 from ernie_jax.ops.blocks import sort_pairs, taken
 from ernie_jax.ops.kept import KEPT
 from ernie_jax.ops.mosaic import MOST_ALONG, by_mosaic, check_experts, mosaic_problem
@@ -16,17 +18,15 @@ from ernie_jax.ops.quantized import form_of
 
 TILING = 64, 256, "rows", 4, 12  # of `mosaic_kernel`; measured for prompts by benchmarks/prefill_ops.py
 _BLOCK = 128  # its rows
+_THIN_TILING = 64, 64, "rows", 4, 12  # of a product with a first part of an adapter
+_RANK = 64  # an adapter's is filled up to a multiple
 _STEP = 64  # of `mosaic_gradient`: an expert's rows begin at a multiple
 
 
-def trained_experts_problem(
-    backend: str, tokens: int, width: int, inner: int, dtype: jnp.dtype | str, adapted: bool
-) -> str | None:
-    """Say what a backend does not take of training: tokens, D, F, the weights' dtype, adapters; None if nothing."""
+def trained_experts_problem(backend: str, tokens: int, width: int, inner: int, dtype: jnp.dtype | str) -> str | None:
+    """Say what a backend does not take of training: tokens, D, F, the weights' dtype; None if nothing."""
     if backend != "mosaic":
         return None
-    if adapted:
-        return "takes no adapters of routed experts"
     if isinstance(dtype, str) or form_of(dtype):
         return "learns beside bfloat16 weights only"
     if tokens <= MOST_ALONG:
@@ -52,31 +52,48 @@ class Arrangement(NamedTuple):
 
 
 def by_mosaic_trained(x, chosen, weights, gate_up, down, first_expert, shared=None, live=None):
-    """Do as `by_mosaic` does; bfloat16 weights without shared experts have a gradient."""
-    if shared is not None or form_of(gate_up.dtype):
-        return by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared, live)
-    return _learnable(x, chosen, weights, gate_up, down, jnp.asarray(first_expert, jnp.int32), live)
+    """Do as `by_mosaic` does; bfloat16 weights without shared experts have a gradient, and may have adapters.
+
+    Raises:
+      UserError: if the sizes, the dtype or the GPU are not what it takes.
+    """
+    if shared is None and not form_of(gate_up.dtype):
+        return _learnable(x, chosen, weights, gate_up, down, jnp.asarray(first_expert, jnp.int32), live)
+    if _adapted(gate_up, down):
+        raise UserError("expert backend mosaic takes adapters where it trains only; use expert backend batched")
+    return by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared, live)
+
+
+def _adapted(*weights):
+    return any(isinstance(weight, Adapted) for weight in weights)
 
 
 @jax.custom_vjp
 def _learnable(x, chosen, weights, gate_up, down, first_expert, live):
+    if _adapted(gate_up, down):
+        return _multiply_local(x, chosen, weights, gate_up, down, first_expert, live)[0]
     return by_mosaic(x, chosen, weights, gate_up, down, first_expert, live=live)
 
 
-def _forward(*given):
-    x, chosen, weights, gate_up, down, first, *live = (one.value for one in given if one is not None)
+def _multiply_local(x, chosen, weights, gate_up, down, first, live):
     check_experts(x, gate_up, down)
     chosen = chosen - first
-    if live:
-        chosen = jnp.where(jnp.arange(len(x))[:, None] < live[0], chosen, -1)
-    out, residuals = multiply(x, chosen, weights, gate_up, down)
-    return out, (residuals, [() if one.perturbed else None for one in given[3:5]])
+    if live is not None:
+        chosen = jnp.where(jnp.arange(len(x))[:, None] < live, chosen, -1)
+    return multiply(x, chosen, weights, gate_up, down)
+
+
+def _forward(*given):
+    out, residuals = _multiply_local(*jax.tree.map(lambda one: one.value, given))
+    return out, (residuals, [() if one.perturbed else None for one in jax.tree.leaves(given[3:5])])
 
 
 def _backward(residuals, gradient):
     """Weights that nobody asks the gradient of, as frozen ones are, get none."""
     residuals, learns = residuals
-    of_x, of_weights, *of_experts = pull(residuals, gradient, *(one is not None for one in learns))
+    _, _, *experts = residuals[:4]
+    learns = jax.tree.unflatten(jax.tree.structure(experts), [one is not None for one in learns])
+    of_x, of_weights, *of_experts = pull(residuals, gradient, *learns)
     return of_x, None, of_weights, *of_experts, None, None
 
 
@@ -89,49 +106,67 @@ def multiply(x, chosen, weights, gate_up, down):
     Weights are read where they lie, in either direction. Each expert's result is rounded to the dtype of `x` before the
     weighted sum, which is float32.
     """
-    tokens, k = chosen.shape
-    at = jax.tree.map(lambda array: checkpoint_name(array, KEPT.experts), _arrange(chosen, len(down)))
-    rows = x.at[at.pair // k].get(mode="fill", fill_value=0)
-    hidden = checkpoint_name(_product(rows, _matrix(gate_up), at), KEPT.experts)
-    out = _product(_gated(hidden), down, at)
+    at = _kept(_arrange(chosen, down.shape[0]))
+    rows = x.at[at.pair // chosen.shape[1]].get(mode="fill", fill_value=0)
+    hidden, low_rows = _kept(_product(rows, gate_up, at))
+    out, low_gated = _product(_gated(hidden), down, at)
     columns = weights.astype(jnp.float32).T
     y = sum(row * weight[:, None] for row, weight in zip(taken(out, at.place), columns, strict=True))
-    return y.astype(x.dtype), (x, weights, gate_up, down, at, hidden)
+    return y.astype(x.dtype), (x, weights, gate_up, down, at, hidden, low_rows, _kept(low_gated))
 
 
-def pull(residuals, gradient, learns_gate_up: bool, learns_down: bool):
-    """Return the gradients of x, the routers' weights, gate_up and down; None of weights that do not learn."""
-    x, weights, gate_up, down, at, hidden = residuals
-    k = at.place.shape[1]
-    real = at.pair < at.place.size
-    token = at.pair // k
+def pull(residuals, gradient, learns_gate_up, learns_down):
+    """Return the gradients of x, the routers' weights, gate_up and down; None of what does not learn.
+
+    Args:
+      learns_gate_up, learns_down: whether a weight learns, of one with an adapter whether each part of it does.
+    """
+    x, weights, gate_up, down, at, hidden, low_rows, low_gated = residuals
+    real = (at.pair < at.place.size)[:, None]
+    token = at.pair // at.place.shape[1]
+
+    def masked(rows):
+        """Put zeros in rows of no pair, which hold whatever was in memory."""
+        return jax.tree.map(lambda rows: jnp.where(real, rows, 0).astype(x.dtype), rows)
+
     pulls = gradient.at[token].get(mode="fill", fill_value=0)
     # Without the weight: its own gradient is the product with what is weighted, of which this is the other side.
-    of_hidden = _product(pulls, down, at, turned=True).astype(jnp.float32)
+    of_hidden, low_pulls = _product(pulls, down, at, turned=True)
+    of_hidden = of_hidden.astype(jnp.float32)
     scale = weights.reshape(-1).at[at.pair].get(mode="fill", fill_value=0).astype(jnp.float32)[:, None]
     gated, back = jax.vjp(lambda hidden: _gated(hidden).astype(jnp.float32), hidden)
-    of_weights = jnp.sum(jnp.where(real[:, None], gated * of_hidden, 0), axis=1)
-    # Rows of no pair hold whatever was in memory.
-    (of_gate_up,) = back(of_hidden * scale)
-    of_gate_up = jnp.where(real[:, None], of_gate_up, 0)
-    of_x = sum(taken(_product(of_gate_up, _matrix(gate_up), at, turned=True), at.place)).astype(x.dtype)
+    of_weights = jnp.sum(jnp.where(real, gated * of_hidden, 0), axis=1)
+    of_gate_up = masked(*back(of_hidden * scale))
+    of_rows, low_of_gate_up = _product(of_gate_up, gate_up, at, turned=True)
+    of_x = sum(taken(of_rows, at.place)).astype(x.dtype)
     of_weights = of_weights.at[at.place].get(mode="fill", fill_value=0).astype(weights.dtype)
-    gradients = [None, None]
-    if learns_gate_up or learns_down:
-        from ernie_jax.ops.mosaic_gradient import grouped_outer_product
 
-        if learns_gate_up:
-            rows = x.at[token].get(mode="fill", fill_value=0)
-            gradients[0] = grouped_outer_product(of_gate_up, rows, at.groups).reshape(gate_up.shape)
-        if learns_down:
-            gated = jnp.where(real[:, None], gated * scale, 0).astype(x.dtype)
-            gradients[1] = grouped_outer_product(pulls, gated, at.groups)
-    return of_x, of_weights, *gradients
+    rows = x.at[token].get(mode="fill", fill_value=0)
+    gated, low_gated = masked(jax.tree.map(lambda side: side * scale, (gated, low_gated)))
+    low = masked((low_of_gate_up, low_rows))
+    of_gate_up = _of_weight(learns_gate_up, gate_up, at, of_gate_up, rows, *low)
+    of_down = _of_weight(learns_down, down, at, pulls, gated, masked(low_pulls), low_gated)
+    return of_x, of_weights, of_gate_up, of_down
 
 
-def _matrix(gate_up):
-    experts, _, inner, width = gate_up.shape
-    return gate_up.reshape(experts, 2 * inner, width)
+def _of_weight(learns, weight, at, pulls, rows, low_pulls, low_rows):
+    """Return a weight's gradient; `low_pulls` and `low_rows` are between the parts of its adapter."""
+    from ernie_jax.ops.mosaic_gradient import grouped_outer_product
+
+    if not isinstance(weight, Adapted):
+        return grouped_outer_product(pulls, rows, at.groups).reshape(weight.shape) if learns else None
+    of_base = _of_weight(learns.weight, weight.weight, at, pulls, rows, None, None)
+    of_down = of_up = None
+    rank = weight.up.shape[-1]
+    if learns.down:
+        of_down = grouped_outer_product(rows, low_pulls, at.groups)[..., :rank].swapaxes(1, 2)
+    if learns.up:
+        of_up = grouped_outer_product(pulls, low_rows, at.groups)[..., :rank].reshape(weight.up.shape)
+    return Adapted(of_base, of_down, of_up)
+
+
+def _kept(values):
+    return jax.tree.map(lambda array: checkpoint_name(array, KEPT.experts), values)
 
 
 def _gated(hidden):
@@ -139,10 +174,31 @@ def _gated(hidden):
 
 
 def _product(rows, weight, at, turned=False):
+    """Multiply rows by a weight [E, *out, in], or turned [E, *in, out].
+
+    Returns:
+      The product, adapter included, rounded once; and the rows between the parts of the adapter, None without one.
+    """
     from ernie_jax.ops import mosaic_kernel  # Mosaic GPU, for Hopper GPUs only
 
-    tiling = mosaic_kernel.Tiling(*TILING)
-    return mosaic_kernel.grouped_product(rows, weight[:, None], at.blocks, at.live, tiling, turned=turned)
+    def product(rows, weight, tiling, adapter=None):
+        tiling = mosaic_kernel.Tiling(*tiling)
+        return mosaic_kernel.grouped_product(
+            rows, weight[:, None], at.blocks, at.live, tiling, turned=turned, adapter=adapter
+        )
+
+    if not isinstance(weight, Adapted):
+        return product(rows, _matrices(weight), TILING), None
+    more = -weight.up.shape[-1] % _RANK
+    down = jnp.pad(weight.down, ((0, 0), (0, more), (0, 0)))
+    up = jnp.pad(_matrices(weight.up), ((0, 0), (0, 0), (0, more)))
+    first, second = (up, down) if turned else (down, up)
+    low = product(rows, first, _THIN_TILING)
+    return product(rows, _matrices(weight.weight), TILING, (low, second[:, None])), low
+
+
+def _matrices(weight):
+    return weight.reshape(weight.shape[0], -1, weight.shape[-1])
 
 
 def _arrange(chosen, experts):

@@ -90,6 +90,5 @@ def _check_experts(recipe: Recipe, config: ModelConfig, layout: Layout) -> None:
     tokens = recipe.batch_size * recipe.sequence_length // (recipe.accumulate * layout.groups)
     sizes = tokens, config.hidden_size, config.moe_intermediate_size // layout.size("expert_mlp")
     dtype = config.quantize or checkpoint.parse_dtype(recipe.dtype)
-    adapted = bool(recipe.lora) and "routed" in recipe.lora.targets
-    if problem := trained_experts_problem(backend, *sizes, dtype, adapted):
+    if problem := trained_experts_problem(backend, *sizes, dtype):
         raise UserError(f"recipe field expert_backend: {backend} {problem}; use batched")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ernie_jax.ops import (
+    Adapted,
     RaggedBatch,
     dequantize,
     grouped_mlp,
@@ -302,8 +303,11 @@ def check_packed(rng, attend, documents, kv_heads, group):
         assert distance(one, exact) < BOUND, name
 
 
-def check_trained_experts(rng, tokens, k, experts, width, inner, learns=True, some=None):
-    """Hold experts' backend "mosaic" and its gradient to float64; `some` names those experts that are there."""
+def check_trained_experts(rng, tokens, k, experts, width, inner, learns=True, some=None, rank=0):
+    """Hold experts' backend "mosaic" and its gradient to float64; `some` names those experts that are there.
+
+    With a rank adapters learn, and the weights beside them do not.
+    """
     chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)
     chosen[: 2 * tokens // 3, 0] = 1  # of 200 tokens more than one block of rows
     chosen[tokens - 3 :] = -1
@@ -312,17 +316,26 @@ def check_trained_experts(rng, tokens, k, experts, width, inner, learns=True, so
     x, pull = (normal(rng, tokens, width) for _ in range(2))
     gate_up = normal(rng, count, 2, inner, width, scale=width**-0.5)
     down = normal(rng, count, width, inner, scale=inner**-0.5)
+    pairs = []
+    if rank:
+        for *out, into in (gate_up.shape, down.shape):
+            pairs.append((normal(rng, count, rank, into, scale=into**-0.5), normal(rng, *out, rank, scale=rank**-0.5)))
 
-    def run(x, weights, gate_up, down):
-        return grouped_mlp(x, jnp.asarray(chosen), weights, gate_up, down, "mosaic", first_expert=first)
+    def run(x, weights, *parts):
+        both = parts if learns else (gate_up, down)
+        if rank:
+            both = [Adapted(w, *parts[i : i + 2]) for w, i in ((gate_up, 0), (down, 2))]
+        return grouped_mlp(x, jnp.asarray(chosen), weights, *both, "mosaic", first_expert=first)
 
-    given = x, weights, gate_up, down
-    if learns:
-        out, back = jax.vjp(run, *given)
-    else:
-        out, back = jax.vjp(lambda x, weights: run(x, weights, gate_up, down), x, weights)
+    learnt = [part for pair in pairs for part in pair] if rank else [gate_up, down] if learns else []
+    out, back = jax.vjp(run, x, weights, *learnt)
     found = out, *back(pull)
-    x, weights, gate_up, down, pull = (np.asarray(a, np.float64) for a in (*given, pull))
+    x, weights, gate_up, down, pull = (np.asarray(a, np.float64) for a in (x, weights, gate_up, down, pull))
+    pairs = [[np.asarray(part, np.float64) for part in pair] for pair in pairs]
+    if rank:
+        gate_up, down = (
+            weight + np.einsum("e...r,erd->e...d", b, a) for weight, (a, b) in zip((gate_up, down), pairs, strict=True)
+        )
     expected = [np.zeros_like(x), *(np.zeros_like(a) for a in (x, weights, gate_up, down))]
     out, of_x, of_weights, of_gate_up, of_down = expected
     for t, slot in np.ndindex(chosen.shape):
@@ -340,5 +353,13 @@ def check_trained_experts(rng, tokens, k, experts, width, inner, learns=True, so
         pulls = np.stack([of_hidden * up * sigmoid * (1 + gate * (1 - sigmoid)), of_hidden * gate * sigmoid])
         of_gate_up[e] += pulls[:, :, None] * x[t]
         of_x[t] += np.einsum("xf,xfd->d", pulls, gate_up[e])
-    for name, one, exact in zip(("out", "x", "weights", "gate_up", "down"), found, expected, strict=False):
-        assert distance(one, exact) < 2 * BOUND, name
+    names = ["out", "x", "weights", "gate_up", "down"]
+    if rank:  # of W + b a with the gradient G: b^T G and G a^T
+        names[3:], expected[3:] = ["gate_up a", "gate_up b", "down a", "down b"], []
+        for whole, (a, b) in zip((of_gate_up, of_down), pairs, strict=True):
+            of_b = np.einsum("e...d,erd->e...r", whole, a)
+            of_a = np.einsum("efr,efd->erd", *(one.reshape(count, -1, one.shape[-1]) for one in (b, whole)))
+            expected += of_a, of_b
+    for name, one, exact in zip(names, found, expected, strict=False):
+        assert one.shape == exact.shape and distance(one, exact) < 2 * BOUND, name
+    assert len(found) == 3 + len(learnt)

@@ -104,10 +104,14 @@ def test_experts(tokens, skewed, along, rng):
     assert distance(out, reference(*arguments, shared=shared)) < BOUND
 
 
-@pytest.mark.parametrize(("learns", "some"), [(True, None), (False, (1, 2))], ids=["weights", "frozen, a shard"])
-def test_training(learns, some, rng):
+@pytest.mark.parametrize(
+    ("learns", "some", "rank"),
+    [(True, None, 0), (False, (1, 2), 8)],
+    ids=["weights", "adapters, a shard"],
+)
+def test_training(learns, some, rank, rng):
     with compiling_for("9.0"):
-        check_trained_experts(rng, *((200, 1, 2) if learns else (40, 2, 4)), WIDTH, INNER, learns, some)
+        check_trained_experts(rng, *((200, 1, 2) if learns else (40, 2, 4)), WIDTH, INNER, learns, some, rank)
 
 
 def test_gradient_of_an_expert_without_rows(rng):
