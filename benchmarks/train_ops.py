@@ -1,12 +1,12 @@
 """Check and time what a training step of the 21B model consists of, on one GPU: attention of rows, and the experts.
 
     python -m benchmarks.train_ops attention [--rows=2] [--length=8192] [--documents=1]
-    python -m benchmarks.train_ops experts [--tokens=16384] [--backends batched mosaic]
+    python -m benchmarks.train_ops experts [--tokens=16384] [--backends batched mosaic] [--rank=32]
     python -m benchmarks.train_ops sweep
 
 A row is the time forward, and of the gradient without it. TFLOP/s count what the causal mask and the routing ask for:
-of attention's gradient five products, of the experts' two or, where weights learn, four. Errors are those against "xla"
-of a row of 1,024 tokens, or "dense" of 256 tokens.
+of attention's gradient five products, of the experts' two or, where weights learn, four; none of adapters. Errors are
+those against "xla" of a row of 1,024 tokens, or "dense" of 256 tokens, of "mosaic" 576.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.prefill_ops import distance, seconds
-from ernie_jax.ops import grouped_mlp, packed_attention, packed_kernel
+from ernie_jax.ops import Adapted, grouped_mlp, packed_attention, packed_kernel
 
 D, F, E, TOP, KV, GROUP, HEAD = 2560, 1536, 64, 6, 4, 5, 128
 
@@ -128,7 +128,7 @@ def time_kernels(rows, length, kernel, **blocks):
 
 
 @guarded
-def time_experts(backend, tokens, learns):
+def time_experts(backend, tokens, learns=False, rank=0):
     def draw(tokens):
         rng = np.random.default_rng(0)
         chosen = jnp.asarray(np.argsort(rng.random((tokens, E)), axis=1)[:, :TOP], jnp.int32)
@@ -136,25 +136,35 @@ def time_experts(backend, tokens, learns):
         return normal(0, tokens, D), chosen, weights, normal(1, tokens, D)
 
     gate_up, down = normal(2, E, 2, F, D, scale=D**-0.5), normal(3, E, D, F, scale=F**-0.5)
-    wanted = (0, 2, 3, 4) if learns else (0, 2)
+    adapters = []
+    if rank:
+        adapters = [(normal(4, E, rank, D, scale=D**-0.5), normal(5, E, 2, F, rank, scale=rank**-0.5))]
+        adapters += [(normal(6, E, rank, F, scale=F**-0.5), normal(7, E, D, rank, scale=rank**-0.5))]
+    wanted = (0, 2, 3, 4) if learns else (0, 2, 5)
 
-    def forward(backend, x, chosen, weights, gate_up, down):
+    def forward(backend, x, chosen, weights, gate_up, down, adapters):
+        if adapters:
+            gate_up, down = (Adapted(w, *pair) for w, pair in zip((gate_up, down), adapters, strict=True))
         return grouped_mlp(x, chosen, weights, gate_up, down, backend)
 
-    def gradient(backend, x, chosen, weights, gate_up, down, pull):
+    def gradient(backend, x, chosen, weights, gate_up, down, adapters, pull):
         def loss(*given):
             return jnp.vdot(forward(backend, *given), pull).astype(jnp.float32)
 
-        return jax.grad(loss, wanted)(x, chosen, weights, gate_up, down)
+        return jax.grad(loss, wanted)(x, chosen, weights, gate_up, down, adapters)
 
     *given, pull = draw(256 if backend != "mosaic" else 576)
-    found, expected = (jax.jit(functools.partial(gradient, b))(*given, gate_up, down, pull) for b in (backend, "dense"))
+    experts = gate_up, down, adapters
+    found, expected = (
+        jax.tree.leaves(jax.jit(functools.partial(gradient, name))(*given, *experts, pull))
+        for name in (backend, "dense")
+    )
     errors = " ".join(f"{distance(out, np.asarray(exact)):.1e}" for out, exact in zip(found, expected, strict=True))
     *given, pull = draw(tokens)
     step, both = (jax.jit(functools.partial(call, backend)) for call in (forward, gradient))
-    first = seconds(lambda: step(*given, gate_up, down), 10)
-    compiled = both.lower(*given, gate_up, down, pull).compile()
-    took = seconds(lambda: compiled(*given, gate_up, down, pull), 10)
+    first = seconds(lambda: step(*given, *experts), 10)
+    compiled = both.lower(*given, *experts, pull).compile()
+    took = seconds(lambda: compiled(*given, *experts, pull), 10)
     products = 2 * tokens * TOP * 3 * F * D
     rate = [count * products / time / 1e12 for count, time in ((1, first), (2 + learns, took))]
     return (
@@ -171,6 +181,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1, help="of a row")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--backends", nargs="+", default=["mosaic", "batched"])
+    parser.add_argument("--rank", type=int, default=32, help="of adapters of the experts")
     flags = parser.parse_args()
     print(jax.devices()[0].device_kind)
     if flags.part == "attention":
@@ -184,9 +195,9 @@ def main() -> None:
         for name, attend in attends.items():
             time_attention(f"{name} {flags.rows} x {flags.length}, {flags.documents} documents", attend, *shape)
     if flags.part == "experts":
-        for backend, learns in itertools.product(flags.backends, (False, True)):
-            label = f"{backend} {flags.tokens} tokens, weights {'learn' if learns else 'are frozen'}"
-            time_experts(label, backend, flags.tokens, learns)
+        cases = {"weights frozen": {}, "weights learn": {"learns": True}, "adapters learn": {"rank": flags.rank}}
+        for backend, (name, options) in itertools.product(flags.backends, cases.items()):
+            time_experts(f"{backend} {flags.tokens} tokens, {name}", backend, flags.tokens, **options)
     if flags.part == "sweep":
         shape = flags.rows, flags.length
         for block, steps in ((128, 2), (128, 3), (64, 4)):

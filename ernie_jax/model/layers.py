@@ -143,7 +143,7 @@ class Linear(nnx.Module):
 
     @property
     def adapted(self) -> bool:
-        """Whether there is an adapter beside the weight, which only XLA's backends take."""
+        """Whether there is an adapter beside the weight, which of our kernels only those that train experts take."""
         return hasattr(self, "lora_a")
 
     def __call__(

@@ -31,7 +31,10 @@ def test_attention(documents, kv_heads, group, rng):
     check_packed(rng, attend, documents, kv_heads, group)
 
 
-@pytest.mark.parametrize(("learns", "some"), [(True, None), (False, None), (True, (3, 4))])
+@pytest.mark.parametrize(
+    ("learns", "some", "rank"),
+    [(True, None, 0), (False, None, 0), (True, (3, 4), 0), (False, None, 32), (False, (3, 4), 100)],
+)
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1000, 3, 8), (40, 2, 16)])
-def test_experts(tokens, k, experts, learns, some, rng):
-    check_trained_experts(rng, tokens, k, experts, 512, 768, learns, some)
+def test_experts(tokens, k, experts, learns, some, rank, rng):
+    check_trained_experts(rng, tokens, k, experts, 512, 768, learns, some, rank)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ernie_jax.errors import UserError
 from ernie_jax.kernels import compiling_for
-from ernie_jax.ops import grouped_mlp, linear, mosaic, mosaic_gradient, mosaic_kernel, quantized_kernel
+from ernie_jax.ops import Adapted, grouped_mlp, linear, mosaic, mosaic_gradient, mosaic_kernel, quantized_kernel
 from ernie_jax.ops.mosaic import TILES, Tiles, by_mosaic
 from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
 from tests import emulator
@@ -221,6 +221,14 @@ def test_sizes_it_does_not_take(rng):
     x, chosen, weights, gate_up, down, _ = draw(rng, 2)
     with emulator.emulated(), pytest.raises(UserError, match="takes multiples of 256, not an inner width of 128"):
         grouped_mlp(x, chosen, weights, gate_up[:, :, :128], down[:, :, :128], "mosaic")
+
+
+def test_adapters_that_it_does_not_take(rng):
+    *inputs, gate_up, down, shared = draw(rng, 2)
+    low = jnp.zeros((EXPERTS, 8, WIDTH), jnp.bfloat16), jnp.zeros((EXPERTS, 2, INNER, 8), jnp.bfloat16)
+    for weight, along in ((gate_up, shared), (rounded(gate_up, "int8")[0], None)):
+        with pytest.raises(UserError, match="takes adapters where it trains only; use expert backend batched"):
+            grouped_mlp(*inputs, Adapted(weight, *low), down, "mosaic", shared=along)
 
 
 @pytest.mark.parametrize(("form", "tokens", "along"), [("int8", 9, True), ("fp8", 40, False), ("int4", 70, True)])
