@@ -1,8 +1,11 @@
 """Several processes on this machine, as if they were hosts."""
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import sys
@@ -85,9 +88,15 @@ def port() -> int:
     return free_port()
 
 
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ports = itertools.cycle(random.sample(range(20_000 + 1000 * (_WORKER % 12), 21_000 + 1000 * (_WORKER % 12)), 1000))
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Return a port of this worker that nobody listens at, of those that the system never gives out by itself."""
+    for port in _ports:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def flags(index: int, count: int, port: int) -> list[str]:

@@ -48,7 +48,8 @@ def test_rounding_is_better_than_the_simplest(form, gain, relative, rng):
     assert error < relative**2 * (rows**2).sum()
 
 
-@pytest.mark.parametrize(("form", "relative"), [("int8", 0.015), ("fp8", 0.03), ("int4", 0.16)])
+# A step of int4 is an eighth of the largest weight, which may be most of a row: sqrt(64) / 8 / sqrt(12).
+@pytest.mark.parametrize(("form", "relative"), [("int8", 0.015), ("fp8", 0.03), ("int4", 0.29)])
 def test_rounding_has_a_scale_for_each_output(form, relative, rng):
     weight = rng.normal(size=(3, 2, 5, 64)) * 10.0 ** rng.integers(-9, 9, (3, 2, 5, 1))
     quantized, specs = quantize(weight, 3, form), quantized_specs(form, weight.shape, 3)
