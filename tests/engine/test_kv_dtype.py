@@ -65,8 +65,10 @@ def check(engine, model, prompts):
         best += expected[:, :300].max(-1).tolist()
         exact += on_text(model, prompt + tokens, None)[len(prompt) - 1 : -1][np.arange(NEW), tokens].tolist()
     ours, theirs, best, exact = map(np.asarray, (ours, theirs, best, exact))
-    # Sums in another order turn a rounding now and then; what rounding itself does is much more.
-    assert np.median(np.abs(ours - theirs)) < 1e-4 < np.median(np.abs(ours - exact))
+    # Sums in another order turn a rounding now and then, of which all tokens behind it notice a little; what rounding
+    # itself does is much more.
+    rounding = np.median(np.abs(ours - exact))
+    assert np.median(np.abs(ours - theirs)) < rounding / 4 and rounding > 1e-4
     assert np.abs(ours - theirs).max() < 0.1 and (best - theirs).max() < 0.1
 
 
