@@ -32,7 +32,7 @@ from convert.source import ForeignModel
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
 from ernie_jax.model.layers import MLP, DecoderLayer, Experts, MoE, RMSNorm, Router, rotary_angles
-from ernie_jax.ops import Quantized, einsum, packed_attention, swiglu
+from ernie_jax.ops import Quantized, dequantize, einsum, packed_attention, swiglu
 from ernie_jax.text import Tokenizer
 from ernie_jax.train.data import Batch, Part, TrainingData
 from ernie_jax.train.documents import Documents
@@ -175,7 +175,10 @@ class Calibration:
         """Take the text through a layer; yield how each stage of it is rounded."""
         if not index:
             (table,) = self._read(["embed.weight"])
-            self._x = [jnp.asarray(table[batch.tokens], jnp.float32) for batch in self._text.batches]
+            if self._config.quantize_embedding:
+                table = Quantized(table, *self._read(["embed.scale"]))
+            rows = (table[batch.tokens] for batch in self._text.batches)
+            self._x = [jnp.asarray(dequantize(x) if isinstance(x, Quantized) else x, jnp.float32) for x in rows]
         layer = DecoderLayer(self._config, jnp.float32, self._config.is_moe_layer(index))
         # What the target does not have yet is zero.
         nnx.update(layer, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nnx.state(layer)))

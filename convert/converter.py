@@ -27,6 +27,7 @@ from convert.table import parameter_dtypes
 from convert.target import JOURNAL, Target, chunk_name
 from ernie_jax import distributed
 from ernie_jax.checkpoint import parse_dtype
+from ernie_jax.config import ModelConfig
 from ernie_jax.distributed import say
 from ernie_jax.errors import UserError
 from ernie_jax.model import parameter_specs
@@ -46,6 +47,7 @@ def convert(
     revision: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    quantize_embedding: bool = False,
     calibration: str | None = None,
     host_memory_gb: float = 4.0,
     overwrite: bool = False,
@@ -63,6 +65,7 @@ def convert(
       dtype: "bfloat16", "float32" or "float16" for everything but the router; default: each tensor's own.
       quantize: "int8", "fp8" or "int4" for the weights of attention, MLPs and experts; default: they are as `dtype`
         says.
+      quantize_embedding: whether then token embedding and output head become int8.
       calibration: a text, by which weights are rounded so that the errors make up for each other (see `calibration`);
         default: each weight is rounded to the nearest number.
       host_memory_gb: how much anonymous memory to use at most, in each process.
@@ -77,7 +80,7 @@ def convert(
         _check_calibration(calibration, quantize)
     origin = Source(source, revision, keep_download)
     model = read_foreign_or_ours(origin) if quantize else read_model(origin)
-    config = dataclasses.replace(model.config, quantize=quantize)
+    config = dataclasses.replace(model.config, quantize=quantize, quantize_embedding=quantize_embedding)
     placements, ignored = model.place(config)
     shapes = {path: spec.shape for path, spec in parameter_specs(config).items()}
     parameters = plan_parameters(placements, shapes, parameter_dtypes(config, placements, requested))
@@ -93,6 +96,8 @@ def convert(
     distributed.agree({f"the content of --source={source}": [shards, model.fingerprint["small_files"]]})
     plan = {"source": source, "revision": origin.revision, "dtype": dtype, "quantize": quantize}
     plan["chunk_bytes"] = CHUNK_BYTES
+    if quantize_embedding:
+        plan["quantize_embedding"] = True
     if text:
         plan["calibration"] = text.digest
     out = Target(storage_path(target), plan | model.fingerprint, overwrite)
@@ -113,7 +118,7 @@ def convert(
             chunks = _part(remaining)
             stages = Calibration(text, config, out.path).stages(chunks) if text else [Stage(chunks, nearest)]
             _write_chunks(chunks, stages, out, origin, staging, threads, progress)
-        facts = _facts(model, requested, quantize, ignored, parameters)
+        facts = _facts(model, requested, config, ignored, parameters)
         out.finish(parameters, model.small_files, facts | ({"calibration": text.digest} if text else {}))
 
 
@@ -259,7 +264,7 @@ def _say_what_is_odd(model: ForeignModel, ignored: list[str]) -> None:
 
 
 def _facts(
-    model: ForeignModel, requested: np.dtype | None, quantize: str | None, ignored: list[str], parameters: list
+    model: ForeignModel, requested: np.dtype | None, config: ModelConfig, ignored: list[str], parameters: list
 ) -> dict:
     """Make the part of the manifest that says where the parameters come from, enough to export them as they were."""
     (embed,) = (parameter for parameter in parameters if parameter.path == "embed.weight")
@@ -276,6 +281,10 @@ def _facts(
             },
             "ignored": ignored,
         }
-    own = {"dtype": embed.dtype.name, "quantize": quantize}
-    own["num_nextn_predict_layers"] = model.config.num_nextn_predict_layers
+    own = {
+        "dtype": np.dtype(requested or embed.runs[0].tensor.numpy_dtype).name,
+        "quantize": config.quantize,
+        "quantize_embedding": config.quantize_embedding,
+        "num_nextn_predict_layers": config.num_nextn_predict_layers,
+    }
     return origin | own | ({"requested_dtype": requested.name} if requested else {})

@@ -92,8 +92,12 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
     """Read the ModelConfig of a checkpoint; the manifest tells what depends on the weights that it has."""
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(storage_path(directory) / "config.json")
-    facts = {"num_nextn_predict_layers": manifest["num_nextn_predict_layers"], "quantize": manifest.get("quantize")}
-    return dataclasses.replace(config, **facts)
+    return dataclasses.replace(
+        config,
+        num_nextn_predict_layers=manifest["num_nextn_predict_layers"],
+        quantize=manifest.get("quantize"),
+        quantize_embedding=manifest.get("quantize_embedding", False),
+    )
 
 
 def restore(
@@ -190,8 +194,9 @@ def save(
         "format": FORMAT,
         "version": VERSION,
         "source": source,
-        "dtype": str(flat["embed", "weight"].dtype),
+        "dtype": str(model.embed.dtype),
         "quantize": model.config.quantize,
+        "quantize_embedding": model.config.quantize_embedding,
         "num_nextn_predict_layers": model.config.num_nextn_predict_layers,
         "merged": list(merged),
         "parameters": {

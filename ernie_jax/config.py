@@ -58,6 +58,7 @@ class ModelConfig:
     Attributes:
       quantize: "int8", "fp8" or "int4" where the weights of attention, MLPs and experts are stored so; None: all are
         floating-point. A checkpoint's manifest says it, not its config.json.
+      quantize_embedding: whether token embedding and output head are then int8. The manifest says it too.
 
     Raises:
       UserError: if a combination of fields describes no valid model; the sentence names the field.
@@ -89,12 +90,15 @@ class ModelConfig:
     moe_norm_min: float = 1e-12
     num_nextn_predict_layers: int = 0
     quantize: str | None = None
+    quantize_embedding: bool = False
 
     def __post_init__(self):
         if self.moe_layer_end_index == -1:
             object.__setattr__(self, "moe_layer_end_index", self.num_hidden_layers - 1)
         if self.quantize not in (None, *QUANTIZED_FORMS):
             raise UserError(f"--quantize={self.quantize}: unknown; choose {' or '.join(QUANTIZED_FORMS)}")
+        if self.quantize_embedding and not self.quantize:
+            raise UserError(f"--quantize_embedding goes with --quantize={' or '.join(QUANTIZED_FORMS)}; add it")
         for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise UserError(f"config field {name} is {getattr(self, name)}: it must be at least 1")
@@ -115,6 +119,11 @@ class ModelConfig:
     @property
     def is_moe(self) -> bool:
         return self.model_type == "ernie4_5_moe"
+
+    @property
+    def forms(self) -> str | None:
+        """Say what the weights are rounded to."""
+        return f"{self.quantize} (int8 embedding)" if self.quantize_embedding else self.quantize
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -174,7 +183,7 @@ class ModelConfig:
         for name, only in (("hidden_act", "silu"), ("moe_gate_act", "softmax")):
             if (found := fields.pop(name, None) or only) != only:
                 raise UserError(f"{source}: {name} is {found!r}; only {only!r} is supported")
-        known = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "quantize"}
+        known = {f.name: f.type for f in dataclasses.fields(cls) if not f.name.startswith("quantize")}
         unknown = []
         for name, value in fields.items():
             if name in known:

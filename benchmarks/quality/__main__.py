@@ -137,7 +137,7 @@ def main() -> None:
     cases += [(flags.reference, kv_dtype) for kv_dtype in flags.kv_dtypes.split(",") if kv_dtype]
     for directory, kv_dtype in cases:
         other = LLM.load(directory, "float32", **options, kv_dtype=kv_dtype)
-        name = f"{kv_dtype} KV cache" if kv_dtype else other.config.quantize or "bfloat16"
+        name = f"{kv_dtype} KV cache" if kv_dtype else other.config.forms or "bfloat16"
         row = {"model": directory, "form": name, **on_text(reference, other, batches, name)}
         row |= agreement(expected, greedy(other, prompts))
         rows.append(row)

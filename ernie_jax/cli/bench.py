@@ -113,6 +113,7 @@ class _Bench:
             "sharding": self._llm.layout.describe(),
             "dtype": np.dtype(self._llm.engine.dtype).name,
             "quantize": self._llm.config.quantize,
+            "quantize_embedding": self._llm.config.quantize_embedding,
             "kv_dtype": kv_name(self._llm.engine.kv_dtype),
             "ops": self._llm.engine.describe_ops(),
             "prefill_chunk": self._llm.engine.options.prefill_chunk,
@@ -122,7 +123,7 @@ class _Bench:
             "rows": [],
         }
         drawn = " with random weights" if values.random_weights else ""
-        drawn += f" · {self._llm.config.quantize} weights" if self._llm.config.quantize else ""
+        drawn += f" · {self._llm.config.forms} weights" if self._llm.config.forms else ""
         found = self.found
         self.say(
             f"{values.model}{drawn} · {found['dtype']} · {found['devices']} x {found['device']} · JAX {found['jax']} · "

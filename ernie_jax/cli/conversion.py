@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from ernie_jax.cli import hosts
+from ernie_jax.cli import hosts, models
 from ernie_jax.cli.command import Command, require
 from ernie_jax.distributed import say
 
@@ -24,6 +24,7 @@ def _define_convert(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "quantize", None, "int8, fp8 or int4: round the weights of attention, MLPs and experts so", flag_values=values
     )
+    models.define_quantize_embedding(values)
     flags.DEFINE_string(
         "calibration",
         None,
@@ -47,6 +48,7 @@ def _convert(values: flags.FlagValues) -> None:
         revision=values.revision,
         dtype=values.dtype,
         quantize=values.quantize,
+        quantize_embedding=values.quantize_embedding,
         calibration=values.calibration,
         host_memory_gb=values.host_memory_gb,
         overwrite=values.overwrite,
@@ -79,7 +81,7 @@ def _define_verify(values: flags.FlagValues) -> None:
 
 def _verify(values: flags.FlagValues) -> int:
     import convert
-    from ernie_jax.checkpoint import read_manifest
+    from ernie_jax.checkpoint import read_config
 
     require(values, "source", "target")
     differences = convert.verify(values.source, values.target, revision=values.revision)
@@ -88,7 +90,7 @@ def _verify(values: flags.FlagValues) -> int:
     if differences:
         print(f"differences: {len(differences)}")
     else:
-        quantized = read_manifest(values.target).get("quantize")
+        quantized = read_config(values.target).forms
         print(f"equal but for the rounding to {quantized}" if quantized else "equal")
     return int(bool(differences))
 

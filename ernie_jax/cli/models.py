@@ -60,6 +60,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("random_weights", False, "draw weights instead of loading them", flag_values=values)
     flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16; default: the checkpoint's", flag_values=values)
     flags.DEFINE_string("quantize", None, "int8, fp8 or int4: draw --random_weights so", flag_values=values)
+    define_quantize_embedding(values)
     flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
     define_kv_dtype(values)
     flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (GPU 8192, else 512)", flag_values=values)
@@ -71,6 +72,12 @@ def define_model_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     define_layout_flags(values)
+
+
+def define_quantize_embedding(values: flags.FlagValues) -> None:
+    """Define the flag that rounds the embedding beside --quantize."""
+    text = "with --quantize: the embedding, and a head of its own, in int8 too"
+    flags.DEFINE_bool("quantize_embedding", False, text, flag_values=values)
 
 
 def define_kv_dtype(values: flags.FlagValues) -> None:
@@ -151,15 +158,17 @@ def load(values: flags.FlagValues, **options):
             )
         config = ModelConfig.from_file(presets()[values.model])
         # Multi-token prediction is not used in generation: save the memory.
-        config = dataclasses.replace(config, num_nextn_predict_layers=0, quantize=values.quantize)
+        forms = {"quantize": values.quantize, "quantize_embedding": values.quantize_embedding}
+        config = dataclasses.replace(config, num_nextn_predict_layers=0, **forms)
         if "tokenizer" in values:
             options["tokenizer"] = values.tokenizer
         llm = LLM.random(config, values.dtype or "bfloat16", values.seed or 0, **options)
     elif values.random_weights:
         raise UserError(f"--random_weights goes with a preset ({', '.join(presets())}), not --model={values.model}")
-    elif values.quantize:
+    elif values.quantize or values.quantize_embedding:
+        given = "--quantize" if values.quantize else "--quantize_embedding"
         raise UserError(
-            f"--quantize goes with --random_weights, and --model={values.model} has weights: make a checkpoint of that "
+            f"{given} goes with --random_weights, and --model={values.model} has weights: make a checkpoint of that "
             "form with `main.py convert --quantize`"
         )
     else:

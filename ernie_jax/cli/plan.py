@@ -12,6 +12,7 @@ from absl import flags
 
 from ernie_jax.cli import models
 from ernie_jax.cli.command import Command, require
+from ernie_jax.config import ModelConfig
 
 _CONTEXT = 8192
 
@@ -42,6 +43,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("dtype", None, "of weights and cache; default: the model's", flag_values=values)
     models.define_kv_dtype(values)
     flags.DEFINE_string("quantize", None, "int8, fp8 or int4: as if converted so", flag_values=values)
+    models.define_quantize_embedding(values)
     flags.DEFINE_bool("compare", False, "table all shardings", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
     flags.DEFINE_bool("train", False, "plan a training step, of the recipe in --config", flag_values=values)
@@ -71,7 +73,7 @@ def _plan_training(values: flags.FlagValues) -> None:
         check_length(recipe, config)
     else:
         config = read_config(recipe)
-    config = dataclasses.replace(config, quantize=values.quantize or config.quantize)
+    config = _quantized(config, values)
     announce = functools.partial(print, file=sys.stderr)
     chip = CHIPS.get(values.topology)
     plan = None
@@ -97,6 +99,14 @@ def _plan_training(values: flags.FlagValues) -> None:
         print(report.describe_training(model, found))
 
 
+def _quantized(config: ModelConfig, values: flags.FlagValues) -> ModelConfig:
+    return dataclasses.replace(
+        config,
+        quantize=values.quantize or config.quantize,
+        quantize_embedding=values.quantize_embedding or config.quantize_embedding,
+    )
+
+
 def _plan_generation(values: flags.FlagValues) -> None:
     require(values, "model", "topology")
     os.environ["JAX_PLATFORMS"] = "cpu"  # read when JAX starts: leave this machine's accelerators alone
@@ -109,7 +119,7 @@ def _plan_generation(values: flags.FlagValues) -> None:
 
     topology = parse_topology(values.topology)
     config, stored, _ = models.read_model(values.model, values.revision)
-    config = dataclasses.replace(config, quantize=values.quantize or config.quantize)
+    config = _quantized(config, values)
     request = Request(
         config,
         topology,

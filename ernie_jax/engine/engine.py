@@ -111,7 +111,7 @@ class Engine:
         if not PRESETS[layout.preset].serves:
             raise UserError(f"--sharding={layout.preset} is for training; choose another to generate")
         self.options = options = (options or EngineOptions()).on(layout.platform)
-        self.dtype = model.embed.weight.dtype
+        self.dtype = model.embed.dtype
         self.kv_dtype = cache.parse_kv_dtype(options.kv_dtype, self.dtype)
         self.valid_vocab = valid_vocab or self.config.vocab_size
         self.stop_ids = stop_ids
@@ -176,8 +176,8 @@ class Engine:
             words.append("halves of layers: cuda for few tokens")
         if step.exchanges:
             words.append(f"exchange: {step.backends.exchange}")
-        if self.config.quantize:
-            words.append(f"{self.config.quantize} weights")
+        if self.config.forms:
+            words.append(f"{self.config.forms} weights")
         return " · ".join(words)
 
     def stats(self) -> Stats:

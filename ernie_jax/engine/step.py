@@ -92,7 +92,7 @@ class DeviceStep:
         if config.quantize:
             for op, backend in ("expert", expert_backend), ("linear", linear_backend):
                 check_takes_quantized(op, backend, config.quantize)
-        dtype = model.embed.weight.dtype
+        dtype = model.embed.dtype
         kv_dtype = jnp.dtype(dtype if kv_dtype is None else kv_dtype)
         check_kv_dtype(config, kv_dtype, layout, platform)
         heads = config.head_dim, dtype, config.num_key_value_heads // layout.size("kv_head"), kv_dtype

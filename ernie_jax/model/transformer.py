@@ -26,7 +26,7 @@ from ernie_jax.model.layers import (
     parameter,
     rotary_angles,
 )
-from ernie_jax.ops import default_linear_backend, embed, linear, packed_attention
+from ernie_jax.ops import Quantized, default_linear_backend, embed, linear, packed_attention
 from ernie_jax.sharding import WHOLE, Layout, Shard, shard_abstract
 
 
@@ -38,28 +38,41 @@ class ModelOutput(NamedTuple):
     routing: tuple[Routing, ...]
 
 
-class Embedding(nnx.Module):
-    """Token embedding, unscaled; also the output head of a tied model."""
+class Table(Linear):
+    """A weight [V, D], in int8 if the config wants that."""
 
     def __init__(self, config: ModelConfig, dtype):
-        self.weight = parameter((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
+        form = "int8" if config.quantize_embedding else None
+        super().__init__({"vocab": config.vocab_size}, {"embed": config.hidden_size}, dtype, quantize=form)
+
+
+class Embedding(Table):
+    """Token embedding, unscaled; also the output head of a tied model.
+
+    Attributes:
+      dtype: of what is looked up.
+    """
+
+    def __init__(self, config: ModelConfig, dtype):
+        super().__init__(config, dtype)
+        self.dtype = jnp.dtype(dtype)
 
     def __call__(self, tokens: jax.Array, shard: Shard = WHOLE) -> jax.Array:  # [...] -> [..., D]
-        table = self.weight[...]
+        table = self.kernel
         if shard.size("vocab") == 1:
-            return embed(table, tokens)
+            return embed(table, tokens, self.dtype)
         row = tokens - shard.index("vocab") * len(table)
         mine = (row >= 0) & (row < len(table))
-        x = jnp.where(mine[..., None], embed(table, jnp.where(mine, row, 0)), 0)
+        x = jnp.where(mine[..., None], embed(table, jnp.where(mine, row, 0), self.dtype), 0)
         return shard.sum(x, "vocab")
 
 
-class Head(nnx.Module):
+class Head(Table):
     """What the output head owns: its weight unless tied to the embedding, its bias if the model has one."""
 
     def __init__(self, config: ModelConfig, dtype):
         if not config.tie_word_embeddings:
-            self.weight = parameter((config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
+            super().__init__(config, dtype)
         if config.head_bias:
             self.bias = parameter((config.vocab_size,), ("vocab",), dtype, "zeros")
 
@@ -171,10 +184,10 @@ class Ernie(nnx.Module):
             backend = backends.linear or default_linear_backend(backends.platform, hidden, weight, weight.shape[1])
             return linear("...d,vd->...v", hidden, weight, bias, backend)
 
-    def head_weights(self) -> tuple[jax.Array, jax.Array | None]:
+    def head_weights(self) -> tuple[jax.Array | Quantized, jax.Array | None]:
         """Return the output head's weight [V, D], which may be the embedding's, and its bias [V] if it has one."""
-        weight = self.embed.weight if self.config.tie_word_embeddings else self.head.weight
-        return weight[...], self.head.bias[...] if self.config.head_bias else None
+        table = self.embed if self.config.tie_word_embeddings else self.head
+        return table.kernel, self.head.bias[...] if self.config.head_bias else None
 
 
 def forward(model: Ernie, tokens: jax.Array) -> jax.Array:

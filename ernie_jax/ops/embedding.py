@@ -1,14 +1,27 @@
-"""Table lookup whose gradient does not drown in rounding."""
+"""Table lookup: of quantised rows, and with a gradient that does not drown in rounding."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from ernie_jax.ops.quantized import Quantized
+
+
+def embed(table: jax.Array | Quantized, tokens: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """Return the rows of a table [V, D] for tokens [...]: [..., D].
+
+    Args:
+      dtype: of the rows of a quantised table, int8 or fp8, which are rounded to it once; others keep their own.
+    """
+    if not isinstance(table, Quantized):
+        return _embed(table, tokens)
+    return (table.values[tokens].astype(jnp.float32) * table.scales[tokens][..., None]).astype(dtype)
+
 
 @jax.custom_vjp
-def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Return the rows of a table [V, D] for tokens [...]: [..., D].
+def _embed(table, tokens):
+    """Look up rows.
 
     The gradient of a row is summed in float32 over all tokens that read it, and rounded once. Plain indexing sums in
     the table's dtype, where bfloat16 stops growing at 256 equal terms and a comma occurs thousands of times in a batch.
@@ -26,4 +39,4 @@ def _backward(residuals, gradient):
     return total.astype(table.dtype), None
 
 
-embed.defvjp(_forward, _backward)
+_embed.defvjp(_forward, _backward)

@@ -23,7 +23,7 @@ def describe(model: str, plan: Plan, advice: list[str]) -> str:
       advice: what would fit, if the plan does not.
     """
     request, topology = plan.request, plan.request.topology
-    quantized = f" and {request.config.quantize} weights" if request.config.quantize else ""
+    quantized = f" and {request.config.forms} weights" if request.config.forms else ""
     cached = f", {kv_name(request.cached)} KV cache" if request.cached != request.dtype else ""
     lines = [
         f"{model}, {request.dtype.name}{quantized}{cached}, on {_place(topology)}",
@@ -79,6 +79,7 @@ def to_object(model: str, plan: Plan, advice: list[str]) -> dict:
         "model": model,
         "dtype": request.dtype.name,
         "quantize": request.config.quantize,
+        "quantize_embedding": request.config.quantize_embedding,
         "kv_dtype": kv_name(request.cached),
         "topology": _topology_object(topology),
         "batch": request.batch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ernie_jax.ops import einsum
+from ernie_jax.ops import Quantized, einsum
 
 IGNORED = -100  # target of a token that predicts nothing
 _MOST_LOGITS = 1 << 27  # 512 MiB of float32, and as much for what pulls on them
@@ -13,7 +13,7 @@ _MOST_LOGITS = 1 << 27  # 512 MiB of float32, and as much for what pulls on them
 
 def token_losses(
     hidden: jax.Array,  # [T, D]
-    weight: jax.Array,  # [V, D]
+    weight: jax.Array | Quantized,  # [V, D]; a quantised one is int8 or fp8, and does not learn
     bias: jax.Array | None,  # [V]
     targets: jax.Array,  # [T] int32
     most_logits: int = _MOST_LOGITS,
@@ -29,7 +29,7 @@ def token_losses(
 
 def summed_loss(
     hidden: jax.Array,
-    weight: jax.Array,
+    weight: jax.Array | Quantized,
     bias: jax.Array | None,
     targets: jax.Array,
     most_logits: int = _MOST_LOGITS,
@@ -78,6 +78,8 @@ def _pull(head, rows, target, logits, total, scale, weight):
     narrow = pull.astype(rows.dtype)
     if head is not None:
         head = head[0] + einsum("tv,td->vd", narrow, rows, jnp.float32), head[1] + pull.sum(0)
+    if isinstance(weight, Quantized):  # its scales lie along what is contracted here
+        narrow, weight = (pull * weight.scales).astype(rows.dtype), weight.values.astype(rows.dtype)
     return head, einsum("tv,vd->td", narrow, weight)
 
 
@@ -89,8 +91,8 @@ def _rounded(head, weight, bias):
 
 def _given(hidden, targets, weight, bias):
     """Return the values of what a rule with symbolic zeros is given, and whether the head is differentiated."""
-    learns_head = weight.perturbed or bias is not None and bias.perturbed
-    return (hidden.value, targets.value, weight.value, bias and bias.value), learns_head
+    learns_head = any(given.perturbed for given in jax.tree.leaves((weight, bias)))
+    return jax.tree.map(lambda given: given.value, (hidden, targets, weight, bias)), learns_head
 
 
 @jax.custom_vjp
