@@ -65,12 +65,14 @@ def test_quantised_weights(form, error, run, source, tiny, tmp_path, monkeypatch
     assert result.code == 0 and result.out and f"{form} weights" in result.err
     one_sentence(run("export", f"--source={ours}", f"--target={tmp_path / 'hf'}"), f"rounded to {form}")
     one_sentence(run(*GENERATE, f"--model={ours}", f"--quantize={form}"), "--quantize goes with --random_weights")
+    one_sentence(run(*GENERATE, f"--model={ours}", "--quantize_embedding"), "--quantize_embedding goes with --random")
     monkeypatch.setattr(models, "presets", lambda: {"tiny-preset": tiny / "config.json"})
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_text('{"token_ids": [5, 6]}\n')
-    arguments = ("--random_weights", f"--quantize={form}", f"--input={path}", f"--output={out}", "--max_new_tokens=2")
+    flags = ("--random_weights", f"--quantize={form}", "--quantize_embedding")
+    arguments = (*flags, f"--input={path}", f"--output={out}", "--max_new_tokens=2")
     result = run("generate", "--model=tiny-preset", *arguments, *SIZE)
-    assert result.code == 0 and f"{form} weights" in result.err
+    assert result.code == 0 and f"{form} (int8 embedding) weights" in result.err
 
 
 def test_random_weights_go_with_a_preset(run, tiny):

@@ -93,6 +93,11 @@ def test_int8_weights(run):
     arguments = ("plan", "--model=ernie-4.5-21b-a3b", "--topology=h100:1", "--json")
     exact, small = (json.loads(run(*arguments, *more).out) for more in ((), ("--quantize=int8",)))
     assert (exact["quantize"], small["quantize"]) == (None, "int8")
+    less = json.loads(run(*arguments, "--quantize=int8", "--quantize_embedding").out)
+    saved = small["per_device"]["weights"] - less["per_device"]["weights"]
+    assert less["quantize_embedding"] and saved == 103_424 * (2560 - 4)
+    result = run(*arguments, "--quantize_embedding")
+    assert (result.code, result.out) == (1, "") and "--quantize_embedding goes with --quantize" in result.err
     assert 0.5 < small["per_device"]["weights"] / exact["per_device"]["weights"] < 0.52
     assert "ernie-4.5-21b-a3b, bfloat16 and int8 weights, on h100:1" in run(*arguments[:3], "--quantize=int8").out
     result = run(*arguments, "--quantize=int3")

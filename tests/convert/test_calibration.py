@@ -100,8 +100,9 @@ def test_outputs_change_less(tiny_config, tiny_model, text, tmp_path, ours):
     saved = tmp_path / "saved"
     fields = json.dumps(dataclasses.asdict(tiny_config)).encode()
     checkpoint.save(saved, tiny_model, {"config.json": fields}, "a test")
-    convert.convert(str(saved), str(ours), quantize="int4", calibration=text)
-    convert.convert(str(saved), str(tmp_path / "nearest"), quantize="int4")
+    forms = {"quantize": "int4", "quantize_embedding": True}
+    convert.convert(str(saved), str(ours), **forms, calibration=text)
+    convert.convert(str(saved), str(tmp_path / "nearest"), **forms)
     assert convert.verify(str(saved), str(ours)) == []
     tokens = np.load(text)[:320].astype(np.int32).reshape(10, 32)
     exact = forward(tiny_model, tokens)

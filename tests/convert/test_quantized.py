@@ -36,12 +36,15 @@ WIDE, NARROW = MOE | SMALL, DENSE | {"hidden_size": 64, "intermediate_size": 48}
 FORMS = pytest.mark.parametrize("form", QUANTIZED_FORMS)
 
 
-def expected(model: Model, form: str) -> dict[str, np.ndarray]:
+def expected(model: Model, form: str, embedding: bool = False) -> dict[str, np.ndarray]:
     """Return what must be stored of a model, with each weight rounded whole."""
     found = {}
     for name, value in model.parameters.items():
         outputs = {"qkv": 3, "out": 1, "gate_up": value.ndim - 1, "down": value.ndim - 1}.get(name.split(".")[-2])
-        if outputs and name.endswith("weight"):
+        if embedding and name in ("embed.weight", "head.weight"):
+            weight = quantize(value)
+            found |= {name: weight.values, name.removesuffix("weight") + "scale": weight.scales}
+        elif outputs and name.endswith("weight"):
             weight = quantize(value, outputs, form)
             found |= {name: weight.values, name.removesuffix("weight") + "scale": weight.scales}
         else:
@@ -86,6 +89,40 @@ def test_parameters(form, fields, chunk_bytes, rng, tmp_path, ours, monkeypatch)
     assert_equal(read(ours), expected(model, form))
     assert convert.verify(str(source), str(ours)) == []
     assert checkpoint.read_config(ours).quantize == json.loads((ours / "manifest.json").read_text())["quantize"] == form
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head(tied, rng, tmp_path, ours, monkeypatch, capsys):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5000)
+    model = Model(NARROW | {"tie_word_embeddings": tied, "num_hidden_layers": 1}, rng)
+    source, exact = model.save(tmp_path / "hf", 2), tmp_path / "exact"
+    options = {"quantize": "int4", "quantize_embedding": True}
+    with pytest.raises(UserError, match="--quantize_embedding goes with --quantize"):
+        convert.convert(str(source), str(ours), quantize_embedding=True)
+    monkeypatch.setattr(converter, "GROUP_BYTES", 4000)
+    with monkeypatch.context() as broken:
+        interrupt(broken, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert(str(source), str(ours), **options)
+    with pytest.raises(UserError, match="other files or options"):
+        convert.convert(str(source), str(ours), quantize="int4")
+    convert.convert(str(source), str(ours), **options)
+    assert "resuming at" in capsys.readouterr().err
+    assert_equal(read(ours), expected(model, "int4", embedding=True))
+    assert convert.verify(str(source), str(ours)) == []
+    told = capsys.readouterr().err
+    assert "embed.weight: relative error 0." in told and ("head.weight: relative error 0." in told) == (not tied)
+    assert json.loads((ours / "manifest.json").read_text())["dtype"] == "bfloat16"
+    config = checkpoint.read_config(ours)
+    assert config.quantize_embedding and config.forms == "int4 (int8 embedding)"
+    convert.convert(str(source), str(exact))
+    convert.convert(str(exact), str(tmp_path / "again"), **options)
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (ours, tmp_path / "again")]
+    assert manifests[0] == manifests[1]
+    file = ours / "params/state/embed.weight/0.0"
+    file.write_bytes(bytes(reversed(file.read_bytes())))
+    _, error = convert.verify(str(source), str(ours))
+    assert error.startswith("model.embed_tokens.weight: relative error ") and error.endswith("at most 5%")
 
 
 @pytest.mark.parametrize(("form", "grouped"), [("int8", True), ("fp8", False), ("int4", False), ("int4", True)])
@@ -183,13 +220,19 @@ def test_a_checkpoint_that_was_trained_here_is_a_source(tiny_config, tiny_model,
     saved = tmp_path / "trained"
     fields = json.dumps(dataclasses.asdict(tiny_config)).encode()
     checkpoint.save(saved, tiny_model, {"config.json": fields}, "a test")
-    convert.convert(str(saved), str(ours), quantize="int4")
+    convert.convert(str(saved), str(ours), quantize="int4", quantize_embedding=True)
     stored = read(saved)["layers.1.mlp.experts.down.weight"]
     weight = quantize(stored, 2, "int4")
     found = read(ours)
     np.testing.assert_array_equal(found["layers.1.mlp.experts.down.weight"], weight.values)
     np.testing.assert_array_equal(found["layers.1.mlp.experts.down.scale"], weight.scales)
     assert convert.verify(str(saved), str(ours)) == []
+    llm, exact = (LLM.load(folder, cache_tokens=256, max_sequences=1) for folder in (ours, saved))
+    (answer,) = llm.generate([[5, 6, 7]], llm.sampling_params(temperature=0.0, max_new_tokens=3, ignore_eos=True))
+    assert llm.engine.dtype == np.float32 and len(answer.token_ids) == 3
+    assert answer.token_ids[0] == llm.logits([5, 6, 7])[-1].argmax()
+    found, wanted = (np.asarray(one.logits(range(3, 60))) for one in (llm, exact))
+    assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
 
 
 def test_sources_of_ours_that_are_refused(source, ours, tmp_path):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 OPTIONS = EngineOptions(cache_tokens=1024, max_sequences=4, prefill_chunk=64, page_size=16)
 LAYOUTS = [
-    ("int8", "expert+tensor", "expert:4,tensor:2", 8),
+    ("int8+", "expert+tensor", "expert:4,tensor:2", 8),
     ("int8", "exchange", "expert:8", 8),
     ("int4", "tensor", "tensor:2", 2),
     ("int4", "expert+tensor", "expert:2,tensor:2", 4),
@@ -31,6 +31,11 @@ LAYOUTS = [
 ]
 PROMPTS = [list(range(5, 12)), list(range(250, 180, -1))]
 FORMS = pytest.mark.parametrize("form", QUANTIZED_FORMS)
+
+
+def rounded(config, form):
+    """Return a config of a form; one that ends in + has the embedding in int8 too."""
+    return dataclasses.replace(config, quantize=form.removesuffix("+"), quantize_embedding=form.endswith("+"))
 
 
 def leaves(model) -> dict[str, nnx.Variable]:
@@ -53,10 +58,10 @@ def pairs(small):
     @functools.cache
     def pair(form):
         quantized, written_out = dict(exact), dict(exact)
-        for name, spec in parameter_specs(dataclasses.replace(small, quantize=form)).items():
-            if form_of(spec.dtype):
+        for name, spec in parameter_specs(rounded(small, form)).items():
+            if stored := form_of(spec.dtype):
                 scale = name.removesuffix("weight") + "scale"
-                weight = quantize(exact[name], OUTPUTS.get(name.split(".")[-2], exact[name].ndim - 1), form)
+                weight = quantize(exact[name], OUTPUTS.get(name.split(".")[-2], exact[name].ndim - 1), stored)
                 quantized |= {name: weight.values, scale: weight.scales}
                 written_out[name] = dequantize(weight)
         return quantized, written_out
@@ -99,32 +104,50 @@ def test_what_is_quantised(form, small):
     assert specs["embed.weight"].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_in_int8(tied, small):
+    """The numbers of a model of its own, so that a tied head and one of its own are seen apart."""
+    config = dataclasses.replace(rounded(small, "int4+"), tie_word_embeddings=tied)
+    model = Ernie(config, jnp.float32)
+    initialize(model, single(), seed=4)
+    table = model.embed if tied else model.head
+    tokens, hidden = jnp.arange(0, 320, 5), jax.random.normal(jax.random.key(1), (3, 64))
+    rows, logits = jax.jit(lambda model: (model.embed(tokens), model.logits(hidden)))(model)
+    np.testing.assert_allclose(rows, dequantize(model.embed.kernel)[tokens], rtol=1e-6)
+    expected = np.asarray(hidden, np.float64) @ dequantize(table.kernel).astype(np.float64).T
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    found = {name for name, leaf in leaves(model).items() if leaf.dtype == jnp.int8}
+    assert found == ({"embed.weight"} if tied else {"embed.weight", "head.weight"})
+    assert model.embed.dtype == jnp.float32
+
+
 @pytest.fixture(scope="module")
 def alone(pairs, small):
     """Return of each form what a model on one device says to PROMPTS, and how it describes its ops."""
 
     @functools.cache
     def say(form):
-        config = dataclasses.replace(small, quantize=form)
+        config = rounded(small, form)
         engine = Engine(fill(config, pairs(form)[0], single()), single(), OPTIONS)
         return engine.logits(PROMPTS[1]), generate(engine, PROMPTS), engine.describe_ops()
 
     return say
 
 
-@FORMS
+@pytest.mark.parametrize("form", [*QUANTIZED_FORMS, "int8+"])
 def test_logits_and_tokens(form, pairs, small, alone):
     theirs = Engine(fill(small, pairs(form)[1], single()), single(), OPTIONS)
     logits, tokens, ops = alone(form)
     np.testing.assert_allclose(logits, theirs.logits(PROMPTS[1]), atol=1e-4)
     assert generate(theirs, PROMPTS) == tokens
+    form = form.replace("+", " (int8 embedding)")
     assert f"{form} weights" in ops and form not in theirs.describe_ops()
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: "-".join(case[:2]))
 def test_layouts(case, pairs, small, alone):
     form, preset, mesh, count = case
-    config = dataclasses.replace(small, quantize=form)
+    config = rounded(small, form)
     layout = make_layout(config, jax.devices()[:count], mesh, preset)
     ours = Engine(fill(config, pairs(form)[0], layout), layout, OPTIONS)
     logits, tokens, _ = alone(form)
@@ -180,3 +203,5 @@ def test_backends_that_do_not_take_a_form_are_refused_at_the_start(form, pairs, 
 def test_an_unknown_form(tiny_config):
     with pytest.raises(UserError, match="--quantize=int3: unknown; choose int8 or fp8 or int4"):
         dataclasses.replace(tiny_config, quantize="int3")
+    with pytest.raises(UserError, match="--quantize_embedding goes with --quantize=int8 or fp8 or int4; add it"):
+        dataclasses.replace(tiny_config, quantize_embedding=True)

@@ -13,6 +13,7 @@ from ernie_jax.ops import (
     check_takes_quantized,
     default_expert_backend,
     dequantize,
+    embed,
     grouped_mlp,
     int4,
     linear,
@@ -134,6 +135,18 @@ def test_the_kernel_for_tpus_matches_float64(shared, shape, dtype, bound, rng, m
     expected = np.einsum("btk,bcnk->bctn", x, dequantize(weight))
     assert out.dtype == dtype and out.shape == expected.shape
     assert np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-7), (jnp.bfloat16, 4e-3)])
+def test_lookup_matches_float64(dtype, bound, rng):
+    table, tokens = (
+        quantize(rng.normal(size=(96, 48)) * 10.0 ** rng.integers(-6, 6, (96, 1))),
+        rng.integers(0, 96, (2, 7)),
+    )
+    out = jax.jit(embed, static_argnums=2)(place(table), tokens, dtype)
+    expected = table.values.astype(np.float64)[tokens] * table.scales.astype(np.float64)[tokens][..., None]
+    assert out.dtype == dtype and out.shape == (2, 7, 48)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=bound)
 
 
 @FORMS

@@ -50,6 +50,19 @@ def test_one_device_decode(tiny_config):
     assert step_collectives(tiny_config, BF16, layout, decode_load(layout, 4, 100), "gpu") == []
 
 
+def test_an_int8_embedding(tiny_config):
+    """A byte an element and a scale a row, cut by the vocabulary as the weight is."""
+    int8 = dataclasses.replace(tiny_config, quantize="int8")
+    more = dataclasses.replace(int8, quantize_embedding=True)
+    for name, devices in (("single", 1), ("expert", 4)):
+        layout = layout_of(tiny_config, name, devices)
+        saved = (EMBEDDING - 4 * 320) // devices
+        sizes = [costs.weight_bytes(config, BF16, layout) for config in (int8, more)]
+        assert sizes[0] - sizes[1] == saved
+        one, other = (step_cost(config, BF16, layout, decode_load(layout, 4, 100)) for config in (int8, more))
+        assert one.weights - other.weights == pytest.approx(saved) and one.flops == other.flops
+
+
 def test_one_device_prefill(tiny_config):
     layout = layout_of(tiny_config, "single", 1)
     cost = step_cost(tiny_config, BF16, layout, prefill_load(chunk=3, context=10))

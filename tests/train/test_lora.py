@@ -121,16 +121,17 @@ def test_merged_and_beside_the_weights_it_computes_the_same(trained, lora, tmp_p
 
 @pytest.fixture(scope="module")
 def rounded(lora, config, tmp_path_factory):
-    """Checkpoints with quantised weights, and those with the numbers that these stand for."""
+    """Checkpoints with quantised weights, with int4 the embedding too, and others with what these stand for."""
     directory = tmp_path_factory.mktemp("rounded")
     for form in ("int8", "int4"):
         exact = flat(nnx.state(checkpoint.restore(lora.checkpoint, single())))
-        small, written_out = (Ernie(dataclasses.replace(config, quantize=f), jnp.float32) for f in (form, None))
+        own = dataclasses.replace(config, quantize=form, quantize_embedding=form == "int4")
+        small, written_out = (Ernie(one, jnp.float32) for one in (own, config))
         values = dict(exact)
         for scale in [name for name in flat(nnx.state(small)) if name.endswith(".scale")]:
             weight = scale.removesuffix("scale") + "weight"
             outputs = {"qkv": 3, "out": 1}.get(weight.split(".")[-2], exact[weight].ndim - 1)
-            quantized = quantize(np.asarray(exact[weight]), outputs, form)
+            quantized = quantize(np.asarray(exact[weight]), outputs, "int8" if weight == "embed.weight" else form)
             values |= {scale: quantized.scales, weight: quantized.values}
             exact[weight] = dequantize(quantized)
         for name, model, arrays in ((form, small, values), (f"{form}-exact", written_out, exact)):

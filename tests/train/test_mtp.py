@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ernie_jax.model import Ernie, initialize
-from ernie_jax.ops import packed_attention
+from ernie_jax.ops import dequantize, packed_attention
 from ernie_jax.sharding import single
 from ernie_jax.train.losses import IGNORED, summed_loss
 from ernie_jax.train.mtp import predictions, shifted_targets
@@ -90,7 +91,7 @@ def losses(model, hidden, batch):
         return packed_attention(q, k, v, segments), cache
 
     found = predictions(model, hidden, tokens, positions, attend)
-    weight, means = model.embed.weight[...], []
+    (weight, _), means = model.head_weights(), []
     for depth, states in enumerate(found, start=1):
         wanted = shifted_targets(targets, segments, depth).reshape(-1)
         loss = summed_loss(states.reshape(len(wanted), -1), weight, None, wanted)
@@ -119,6 +120,22 @@ def test_losses_match_float64_document_by_document(model, batch, rng):
                         sums[depth - 1] += np.log(np.exp(logits[place]).sum()) - logits[place, target]
                         counts[depth - 1] += 1
     np.testing.assert_allclose(jax.jit(losses)(model, hidden, batch), sums / counts, rtol=1e-5)
+
+
+def test_an_int8_embedding(model, batch, rng):
+    """Losses, and their gradient by the hidden states, are those of the embedding that it stands for."""
+    hidden = jnp.asarray(rng.normal(size=(ROWS, LENGTH, model.config.hidden_size)), jnp.float32)
+    config = dataclasses.replace(model.config, quantize="int8", quantize_embedding=True)
+    small = Ernie(config, jnp.float32)
+    initialize(small, single(), seed=6, scale=0.2)
+    table = dequantize(small.embed.kernel)
+    small.mtp, small.norm = model.mtp, model.norm
+    written_out = nnx.clone(model)
+    written_out.embed.weight.set_value(jnp.asarray(table))
+    run = jax.jit(jax.value_and_grad(lambda hidden, model: losses(model, hidden, batch).sum()))
+    found, expected = run(hidden, small), run(hidden, written_out)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_targets_stay_in_their_document():
