@@ -16,7 +16,11 @@ def embed(table: jax.Array | Quantized, tokens: jax.Array, dtype: jnp.dtype | No
     """
     if not isinstance(table, Quantized):
         return _embed(table, tokens)
-    return (table.values[tokens].astype(jnp.float32) * table.scales[tokens][..., None]).astype(dtype)
+    rows = tokens.reshape(-1)
+    if rows.size == 1:  # which would be a slice, for which a TPU copies a whole table of int8 into another layout
+        rows = jnp.pad(rows, (0, 1))
+    found = table.values[rows].astype(jnp.float32) * table.scales[rows][:, None]
+    return found[: tokens.size].astype(dtype).reshape(*tokens.shape, -1)
 
 
 @jax.custom_vjp

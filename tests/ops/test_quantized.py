@@ -138,14 +138,13 @@ def test_the_kernel_for_tpus_matches_float64(shared, shape, dtype, bound, rng, m
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-7), (jnp.bfloat16, 4e-3)])
-def test_lookup_matches_float64(dtype, bound, rng):
-    table, tokens = (
-        quantize(rng.normal(size=(96, 48)) * 10.0 ** rng.integers(-6, 6, (96, 1))),
-        rng.integers(0, 96, (2, 7)),
-    )
+@pytest.mark.parametrize("shape", [(1,), (2, 7)], ids=str)
+def test_lookup_matches_float64(shape, dtype, bound, rng):
+    table = quantize(rng.normal(size=(96, 48)) * 10.0 ** rng.integers(-6, 6, (96, 1)))
+    tokens = rng.integers(0, 96, shape)
     out = jax.jit(embed, static_argnums=2)(place(table), tokens, dtype)
     expected = table.values.astype(np.float64)[tokens] * table.scales.astype(np.float64)[tokens][..., None]
-    assert out.dtype == dtype and out.shape == (2, 7, 48)
+    assert out.dtype == dtype and out.shape == (*shape, 48)
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=bound)
 
 
