@@ -93,7 +93,9 @@ def _plan_training(values: flags.FlagValues) -> None:
     if searched:
         what = "the smallest slice of {} that it fits"
         if not (found and found.fits):
-            what = "it fits no slice of {} that its batch_size fills" + ("; the largest of them:" if found else "")
+            way = f"cut by {values.sharding}" if values.sharding else "cut by fsdp (--sharding names another way)"
+            what = f"{way} it fits no slice of {{}} that its batch_size fills"
+            what += "; the largest of them:" if found else ""
         print(f"\n{what.format(chip.title)}\n")
     if found:
         print(report.describe_training(model, found))
