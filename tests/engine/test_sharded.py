@@ -17,8 +17,10 @@ from ernie_jax.model import Ernie, initialize
 from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import make_layout, single
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 TOLERANCE = 1e-4
 PAGE = 16
+OPTIONS = EngineOptions(cache_tokens=2048, max_sequences=4, prefill_chunk=64, mixed_chunk=32, page_size=PAGE)
 # (preset, mesh, devices); the tiny model has 8 experts and 2 key/value heads, so all but the first need groups.
 LAYOUTS = [
     ("expert", "expert:2", 2),
@@ -156,12 +158,15 @@ def first_experts(engine, prompts):
     return [experts[request] for request in requests]
 
 
-def test_engine_generates_and_scores_as_on_one_device(layout, tiny_config, rng):
+@pytest.fixture(scope="module")
+def alone(tiny_config):
+    return Engine(make_model(tiny_config, single(), "random"), single(), OPTIONS)
+
+
+def test_engine_generates_and_scores_as_on_one_device(layout, alone, tiny_config, rng):
     routing = "random"
     params = SamplingParams(max_new_tokens=12, temperature=0.0)
-    options = EngineOptions(cache_tokens=2048, max_sequences=4, prefill_chunk=64, mixed_chunk=32, page_size=PAGE)
-    engine = Engine(make_model(tiny_config, layout, routing), layout, options)
-    alone = Engine(make_model(tiny_config, single(), routing), single(), options)
+    engine = Engine(make_model(tiny_config, layout, routing), layout, OPTIONS)
     compared = 0
     for _ in range(3):
         prompts = decided_prompts(rng, tiny_config, routing, [33, 50, 64, 40, 130])
