@@ -12,6 +12,7 @@ from ernie_jax.errors import UserError
 from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import single
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 PAGE = 16
 SMALL = EngineOptions(cache_tokens=20 * PAGE, max_sequences=4, prefill_chunk=64, mixed_chunk=16, page_size=PAGE)
 AMPLE = dataclasses.replace(SMALL, cache_tokens=128 * PAGE, prefix_caching=False)
