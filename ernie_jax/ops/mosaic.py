@@ -55,8 +55,8 @@ class QuantizedTiles(NamedTuple):
 
 
 # From so many pairs on, for one and for two weights in a byte. Tokens are the short side of a tile here, as many as
-# most experts have; the loads in flight are what shared memory holds. Up to 512 tokens chosen
-# by a short sweep of int8 and int4 on an H100; the rest by reckoning.
+# most experts have; the loads in flight are what shared memory holds. Up to 512 tokens chosen by a short sweep of int8
+# and int4 on an H100; the rest by reckoning.
 QUANTIZED_TILES = {
     1: {
         0: QuantizedTiles(16, 128, 5, 12),
