@@ -2,10 +2,12 @@
 //
 // Work is counted in tiles of 16 cached positions of one key/value head, 8 KB, or 4 KB of 8-bit pages. A warp has room for
 // one tile; it refills the keys' half while it works on the values and the other way round, so all warps of an SM keep
-// some 100 KB on their way, or half of that. A lane copies what it needs itself, in pieces of 16 bytes that are tensor-core fragments as they lie in memory:
-// keys contiguous along the product's inner dimension, values by pairs of positions that a byte permutation turns. So
-// no barrier stands between memory and use. Scores [query, position] leave the first product in the layout in which the
-// second, out^T [dim, query] = values^T weights^T, takes its weights.
+// some 100 KB on their way, or half of that. Lanes copy pieces of 16 bytes, and eight lanes that follow each other whole
+// lines of 128: of two or four positions' parts of lines at a time memory delivers an eighth less. A piece is a part of a
+// tensor-core fragment as it lies in memory: keys contiguous along the product's inner dimension, values by pairs of
+// positions that a byte permutation turns. So nothing but a warp's own barrier stands between memory and use. Scores
+// [query, position] leave the first product in the layout in which the second, out^T [dim, query] = values^T weights^T,
+// takes its weights.
 //
 // Bytes become bfloat16 in registers, two instructions a number, exactly: a position's scale multiplies its scores, and
 // its weights before the second product.
@@ -134,13 +136,14 @@ struct Source {
   __device__ __forceinline__ const typename C::Number* value(int at) const { return key(at) + kHeadDim; }
 };
 
-// A warp's tile, in pieces of 16 bytes, D dims: for each lane the keys of positions lane / 4 + 8 h, the dims from
+// A warp's tile, in pieces of 16 bytes, D dims. A lane multiplies the keys of positions lane / 4 + 8 h, the dims from
 // 4 D j + D (lane % 4) on, and the values of positions 2 (lane % 4) + i % 2 + 8 (i / 2), from 8 D j + D (lane / 4) on.
+// Pieces of a position change places so that the eight that are read together lie in different banks.
 template <typename C>
 struct Tile {
-  static constexpr int kDims = 16 / sizeof(typename C::Number), kPieces = 32 / kDims;
-  uint4 keys[2][kPieces][32];
-  uint4 values[4][kPieces / 2][32];
+  static constexpr int kDims = 16 / sizeof(typename C::Number), kPieces = kHeadDim / kDims;  // of a position
+  static constexpr int kCopies = kTile * kPieces / 32;  // of a lane
+  uint4 keys[kTile][kPieces], values[kTile][kPieces];
 
   // The dims of the i-th eight of a lane's keys, and of a lane's values.
   __device__ __forceinline__ static int key_dim(int i, int lane) {
@@ -150,22 +153,29 @@ struct Tile {
     return i * 8 / kDims * kDims * 8 + lane / 4 * kDims + i * 8 % kDims;
   }
 
+  __device__ __forceinline__ uint4& key(int at, int piece) { return keys[at][piece ^ at % 2 * 4]; }
+  __device__ __forceinline__ uint4& value(int at, int piece) { return values[at][piece ^ at % 8 / 2 * 2]; }
+  __device__ __forceinline__ const uint4& key(int h, int j, int lane) {
+    return key(lane / 4 + 8 * h, 4 * j + lane % 4);
+  }
+  __device__ __forceinline__ const uint4& value(int i, int j, int lane) {
+    return value(lane % 4 * 2 + i % 2 + i / 2 * 8, 8 * j + lane / 4);
+  }
+
   __device__ __forceinline__ void fetch_keys(const Source<C>& source, int lane) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const typename C::Number* p = source.key(lane / 4 + 8 * h) + lane % 4 * kDims;
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) copy_async(&keys[h][j][lane], p + 4 * kDims * j);
+    for (int n = 0; n < kCopies; ++n) {
+      const int at = (32 * n + lane) / kPieces, piece = lane % kPieces;
+      copy_async(&key(at, piece), source.key(at) + piece * kDims);
     }
     commit_copies();
   }
 
   __device__ __forceinline__ void fetch_values(const Source<C>& source, int lane) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const typename C::Number* p = source.value(lane % 4 * 2 + i % 2 + i / 2 * 8) + lane / 4 * kDims;
-#pragma unroll
-      for (int j = 0; j < kPieces / 2; ++j) copy_async(&values[i][j][lane], p + 8 * kDims * j);
+    for (int n = 0; n < kCopies; ++n) {
+      const int at = (32 * n + lane) / kPieces, piece = lane % kPieces;
+      copy_async(&value(at, piece), source.value(at) + piece * kDims);
     }
     commit_copies();
   }
@@ -199,7 +209,7 @@ union Room {
 
 // acc += values^T weights^T. Row g of product i is the i-th dim of a lane's first eight, row g + 8 of its second.
 template <int NT, typename C>
-__device__ __forceinline__ void add_values(float (&acc)[NT][8][4], const Tile<C>& tile, const uint32_t (&weights)[NT][2],
+__device__ __forceinline__ void add_values(float (&acc)[NT][8][4], Tile<C>& tile, const uint32_t (&weights)[NT][2],
                                            int lane) {
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {  // half of a lane's eights at a time: there are not the registers for all
@@ -208,9 +218,9 @@ __device__ __forceinline__ void add_values(float (&acc)[NT][8][4], const Tile<C>
     for (int at = 0; at < 4; ++at) {
       if constexpr (sizeof(typename C::Number) == 2) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) v[at][j] = reinterpret_cast<const uint2*>(&tile.values[at][j][lane])[i / 4];
+        for (int j = 0; j < 2; ++j) v[at][j] = reinterpret_cast<const uint2*>(&tile.value(at, j, lane))[i / 4];
       } else {
-        const uint4 piece = tile.values[at][0][lane];
+        const uint4 piece = tile.value(at, 0, lane);
         v[at][0] = C::widen(i ? piece.y : piece.x), v[at][1] = C::widen(i ? piece.w : piece.z);
       }
     }
@@ -327,20 +337,22 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
     const Source<C> next = source(tile + W, page);
     if (tile + 2 * W < end) page = step.table[table + (tile + 2 * W) / page_tiles];
     wait_for_copies<1>();
+    __syncwarp();  // all lanes' copies are here
     float scores[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < Tile<C>::kPieces; ++j)
+    for (int j = 0; j < Tile<C>::kPieces / 4; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         constexpr int kEights = Tile<C>::kDims / 8;
         uint4 eights[kEights];
-        C::widen(room.keys[h][j][lane], eights);
+        C::widen(room.key(h, j, lane), eights);
 #pragma unroll
         for (int u = 0; u < kEights; ++u) {
           const int i = kEights * j + u;
           mma32(scores[h], queries[0][i], NT == 2 ? queries[NT - 1][i] : make_uint4(0, 0, 0, 0), eights[u]);
         }
       }
+    __syncwarp();  // all lanes are done with the keys
     if (more) {
       room.fetch_keys(next, lane);
       next_scales.fetch(next, lane);
@@ -365,7 +377,9 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
     uint32_t weights[NT][2];
     softmax.weigh(scores, scales, weights, lane);
     wait_for_copies<1>();
+    __syncwarp();
     add_values(softmax.acc, room, weights, lane);
+    __syncwarp();
     more ? room.fetch_values(next, lane) : commit_copies();
     scales = next_scales;
   }
