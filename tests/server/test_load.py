@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import json
 import signal
 import time
@@ -36,6 +37,12 @@ async def read(client, index, length):
         model=NAME, prompt=PROMPTS[index % 5] * (1 + index % 3), max_tokens=length, seed=index, stream=True
     )
     return "".join([chunk.choices[0].text async for chunk in stream])
+
+
+def test_garbage_is_not_looked_for_in_what_is_compiled(llm):
+    with running(llm):
+        assert gc.get_freeze_count() > 100_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_32_streams_say_what_each_says_alone(server):
