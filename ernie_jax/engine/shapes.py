@@ -70,9 +70,10 @@ class Shapes:
         for size in _sizes(self.prefill_chunk, least=_LEAST_PREFILL):
             for share, several in itertools.product(self._shares(size), (False, True) if self.pads else (True,)):
                 runs = self.groups * PREFILL_ROWS if several else 1
-                if before < runs * cached:  # a step of more than `before` tokens fits the sequences
-                    for longest in _sizes(share, factor=8):
-                        yield self._prefill(size, share, several, longest, pages)
+                # More than `before` tokens in so many runs, of which none is longer than a sequence.
+                least, most = before // runs + 1, min(share, cached)
+                for longest in dict.fromkeys(bucket(n, most, factor=8) for n in range(least, most + 1)):
+                    yield self._prefill(size, share, several, longest, pages)
             before = size
         leads = dict.fromkeys(map(self._lead, range(1, self.max_sequences + 1)))
         for lead, size in itertools.product(leads, (self._few(self.mixed_chunk), self.mixed_chunk)):

@@ -1,0 +1,37 @@
+"""The shapes that steps can have are those that a warm-up compiles, no fewer and, of prompts alone, no more."""
+
+import pytest
+
+from ernie_jax.engine.scheduler import PREFILL_ROWS
+from ernie_jax.engine.shapes import Shapes
+
+CONTEXT, CHUNK = 40, 64
+
+
+def prompts():
+    """Yield the lengths of up to PREFILL_ROWS chunks: every count, sum and longest."""
+    for runs in range(1, PREFILL_ROWS + 1):
+        for longest in range(1, CONTEXT + 1):
+            for total in range(longest + runs - 1, min(CHUNK, longest * runs) + 1):
+                lengths, left = [longest], total - longest
+                for after in range(runs - 1, 0, -1):
+                    lengths.append(min(longest, left - after + 1))
+                    left -= lengths[-1]
+                yield lengths
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_every_shape_is_compiled_and_can_be_reached(pads):
+    shapes = Shapes(1, 4, CHUNK, 32, page_size=8, max_pages=16, pads=pads, splits=True)
+    compiled = shapes.all(CONTEXT)
+    assert len(compiled) == len(set(compiled))
+    alone = {shapes.choose([0], [chunks], longest) for chunks in prompts() for longest in (max(chunks), CONTEXT)}
+    beside = {
+        shapes.choose([decoding], [chunks], CONTEXT)
+        for chunks in prompts()
+        if sum(chunks) <= 32
+        for decoding in (1, 2, 4)
+    }
+    decode = {shapes.choose([rows], [[]], longest) for rows in range(1, 5) for longest in range(1, CONTEXT + 1)}
+    assert alone | beside | decode <= set(compiled)
+    assert {shape for shape in compiled if not shape.decode} == alone | decode
