@@ -64,6 +64,12 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("cache_tokens", None, "tokens in the KV cache; default: what fits", flag_values=values)
     define_kv_dtype(values)
     flags.DEFINE_integer("prefill_chunk", None, "most prompt tokens in a step (GPU 8192, else 512)", flag_values=values)
+    flags.DEFINE_integer(
+        "mixed_chunk",
+        None,
+        "the same while other sequences decode, which wait for them (GPU 2048, TPU 256, CPU 128)",
+        flag_values=values,
+    )
     flags.DEFINE_list(
         "ops",
         [],
@@ -146,7 +152,7 @@ def load(values: flags.FlagValues, **options):
 
     require(values, "model")
     use_compilation_cache()
-    names = ("cache_tokens", "max_sequences", "prefill_chunk", "kv_dtype")
+    names = ("cache_tokens", "max_sequences", "prefill_chunk", "mixed_chunk", "kv_dtype")
     options = {name: values[name].value for name in names if name in values} | options
     options |= _backends(values.ops) | {"mesh": values.mesh, "sharding": values.sharding}
     if values.adapter and (values.random_weights or values.model in presets()):
