@@ -67,7 +67,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "mixed_chunk",
         None,
-        "the same while other sequences decode, which wait for them (GPU 2048, TPU 256, CPU 128)",
+        "most prompt tokens in a step beside sequences that decode (GPU 2048, TPU 256, CPU 128)",
         flag_values=values,
     )
     flags.DEFINE_list(

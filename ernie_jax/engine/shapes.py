@@ -71,8 +71,7 @@ class Shapes:
             for share, several in itertools.product(self._shares(size), (False, True) if self.pads else (True,)):
                 runs = self.groups * PREFILL_ROWS if several else 1
                 # More than `before` tokens in so many runs, of which none is longer than a sequence.
-                least, most = before // runs + 1, min(share, cached)
-                for longest in dict.fromkeys(bucket(n, most, factor=8) for n in range(least, most + 1)):
+                for longest in _sizes(min(share, cached), factor=8, first=before // runs + 1):
                     yield self._prefill(size, share, several, longest, pages)
             before = size
         leads = dict.fromkeys(map(self._lead, range(1, self.max_sequences + 1)))
@@ -119,5 +118,5 @@ class Shapes:
         return list(dict.fromkeys((-(-total // self.groups), total)))
 
 
-def _sizes(most: int, least: int = 1, factor: int = 4) -> list[int]:
-    return list(dict.fromkeys(bucket(n, most, factor, least) for n in range(1, most + 1)))
+def _sizes(most: int, least: int = 1, factor: int = 4, first: int = 1) -> list[int]:
+    return list(dict.fromkeys(bucket(n, most, factor, least) for n in range(first, most + 1)))

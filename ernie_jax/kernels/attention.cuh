@@ -3,7 +3,7 @@
 // Work is counted in tiles of 16 cached positions of one key/value head, 8 KB, or 4 KB of 8-bit pages. A warp has room for
 // one tile; it refills the keys' half while it works on the values and the other way round, so all warps of an SM keep
 // some 100 KB on their way, or half of that. Lanes copy pieces of 16 bytes, and eight lanes that follow each other whole
-// lines of 128: of two or four positions' parts of lines at a time memory delivers an eighth less. A piece is a part of a
+// lines of 128: were they parts of several positions' lines, memory would deliver an eighth less. A piece is a part of a
 // tensor-core fragment as it lies in memory: keys contiguous along the product's inner dimension, values by pairs of
 // positions that a byte permutation turns. So nothing but a warp's own barrier stands between memory and use. Scores
 // [query, position] leave the first product in the layout in which the second, out^T [dim, query] = values^T weights^T,
@@ -153,20 +153,25 @@ struct Tile {
     return i * 8 / kDims * kDims * 8 + lane / 4 * kDims + i * 8 % kDims;
   }
 
-  __device__ __forceinline__ uint4& key(int at, int piece) { return keys[at][piece ^ at % 2 * 4]; }
-  __device__ __forceinline__ uint4& value(int at, int piece) { return values[at][piece ^ at % 8 / 2 * 2]; }
-  __device__ __forceinline__ const uint4& key(int h, int j, int lane) {
-    return key(lane / 4 + 8 * h, 4 * j + lane % 4);
+  // Where a position's piece lies.
+  __device__ __forceinline__ static int key_place(int at, int piece) { return piece ^ at % 2 * 4; }
+  __device__ __forceinline__ static int value_place(int at, int piece) { return piece ^ at % 8 / 2 * 2; }
+
+  // What a lane multiplies.
+  __device__ __forceinline__ const uint4& key(int h, int j, int lane) const {
+    const int at = lane / 4 + 8 * h;
+    return keys[at][key_place(at, 4 * j + lane % 4)];
   }
-  __device__ __forceinline__ const uint4& value(int i, int j, int lane) {
-    return value(lane % 4 * 2 + i % 2 + i / 2 * 8, 8 * j + lane / 4);
+  __device__ __forceinline__ const uint4& value(int i, int j, int lane) const {
+    const int at = lane % 4 * 2 + i % 2 + i / 2 * 8;
+    return values[at][value_place(at, 8 * j + lane / 4)];
   }
 
   __device__ __forceinline__ void fetch_keys(const Source<C>& source, int lane) {
 #pragma unroll
     for (int n = 0; n < kCopies; ++n) {
       const int at = (32 * n + lane) / kPieces, piece = lane % kPieces;
-      copy_async(&key(at, piece), source.key(at) + piece * kDims);
+      copy_async(&keys[at][key_place(at, piece)], source.key(at) + piece * kDims);
     }
     commit_copies();
   }
@@ -175,7 +180,7 @@ struct Tile {
 #pragma unroll
     for (int n = 0; n < kCopies; ++n) {
       const int at = (32 * n + lane) / kPieces, piece = lane % kPieces;
-      copy_async(&value(at, piece), source.value(at) + piece * kDims);
+      copy_async(&values[at][value_place(at, piece)], source.value(at) + piece * kDims);
     }
     commit_copies();
   }
@@ -209,7 +214,7 @@ union Room {
 
 // acc += values^T weights^T. Row g of product i is the i-th dim of a lane's first eight, row g + 8 of its second.
 template <int NT, typename C>
-__device__ __forceinline__ void add_values(float (&acc)[NT][8][4], Tile<C>& tile, const uint32_t (&weights)[NT][2],
+__device__ __forceinline__ void add_values(float (&acc)[NT][8][4], const Tile<C>& tile, const uint32_t (&weights)[NT][2],
                                            int lane) {
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {  // half of a lane's eights at a time: there are not the registers for all

@@ -35,3 +35,12 @@ def test_every_shape_is_compiled_and_can_be_reached(pads):
     decode = {shapes.choose([rows], [[]], longest) for rows in range(1, 5) for longest in range(1, CONTEXT + 1)}
     assert alone | beside | decode <= set(compiled)
     assert {shape for shape in compiled if not shape.decode} == alone | decode
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_every_shape_of_two_groups_is_compiled(pads):
+    shapes = Shapes(2, 4, CHUNK, 32, page_size=8, max_pages=16, pads=pads, splits=True)
+    splits = [split for chunks in prompts() for split in ((chunks, []), (chunks[::2], chunks[1::2]))]
+    alone = {shapes.choose([0, 0], split, CONTEXT) for split in splits}
+    beside = {shapes.choose([1, 2], split, CONTEXT) for split in splits if sum(map(sum, split)) <= 32}
+    assert alone | beside <= set(shapes.all(CONTEXT))
