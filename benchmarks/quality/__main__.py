@@ -6,7 +6,7 @@
 All checkpoints are converted ones of the same model. They run in float32, so that all that differs is their weights, or
 that keys and values are rounded.
 --data holds NAME.heldout.npy as scripts/embedded_corpus.py writes them; every token is predicted once, in documents cut
-at 1,024 tokens. `train.toml`, beside this file, makes a model of 57 million parameters to judge by.
+at 1,024 tokens. `train.toml`, beside this file, makes a model of 31 million parameters to judge by.
 """
 
 from __future__ import annotations
@@ -62,14 +62,20 @@ def compare(reference: jax.Array, other: jax.Array, targets: jax.Array) -> tuple
     return loss(reference), loss(other), divergence, same
 
 
-def on_text(reference: LLM, other: LLM, batches: list[Batch], name: str) -> dict[str, float]:
-    """Compare two models on every target of the batches."""
-    found = collections.defaultdict(list)
-    for batch in tqdm(batches, desc=name, unit="batch", leave=False):
-        logprobs = [log_probabilities(llm.model, batch, llm.engine.kv_dtype) for llm in (reference, other)]
+def on_text(reference: LLM, others: list[LLM], batches: list[Batch]) -> list[dict[str, float]]:
+    """Compare models with the reference, which runs once for all of them, on every target of the batches."""
+    found = [collections.defaultdict(list) for _ in others]
+    for batch in tqdm(batches, unit="batch", leave=False):
+        expected, *logprobs = (log_probabilities(llm.model, batch, llm.engine.kv_dtype) for llm in (reference, *others))
         counted = batch.targets != IGNORED
-        for key, values in zip(("loss", "other", "kl", "same"), compare(*logprobs, batch.targets), strict=True):
-            found[key].append(np.asarray(values)[counted])
+        for parts, theirs in zip(found, logprobs, strict=True):
+            figures = compare(expected, theirs, batch.targets)
+            for key, values in zip(("loss", "other", "kl", "same"), figures, strict=True):
+                parts[key].append(np.asarray(values)[counted])
+    return [summarize(parts) for parts in found]
+
+
+def summarize(found: dict[str, list[np.ndarray]]) -> dict[str, float]:
     loss, theirs, kl, same = (np.concatenate(found[key]).astype(np.float64) for key in ("loss", "other", "kl", "same"))
     worse = theirs - loss
     return {
@@ -132,20 +138,18 @@ def main() -> None:
     expected = greedy(reference, prompts)
     print(f"{reference.describe()}\n{'':24s} {'perplexity':>10} {'change':>16} {'KL mean':>9} {'median':>9} {'p99':>8} "
           f"{'likeliest':>9} {'greedy':>7} {'whole':>6}", flush=True)  # fmt: skip
-    rows = []
     cases = [(directory, None) for directory in flags.models.split(",") if directory]
     cases += [(flags.reference, kv_dtype) for kv_dtype in flags.kv_dtypes.split(",") if kv_dtype]
-    for directory, kv_dtype in cases:
-        other = LLM.load(directory, "float32", **options, kv_dtype=kv_dtype)
+    others = [LLM.load(directory, "float32", **options, kv_dtype=kv_dtype) for directory, kv_dtype in cases]
+    rows = []
+    for (directory, kv_dtype), other, found in zip(cases, others, on_text(reference, others, batches), strict=True):
         name = f"{kv_dtype} KV cache" if kv_dtype else other.config.forms or "bfloat16"
-        row = {"model": directory, "form": name, **on_text(reference, other, batches, name)}
-        row |= agreement(expected, greedy(other, prompts))
+        row = {"model": directory, "form": name, **found, **agreement(expected, greedy(other, prompts))}
         rows.append(row)
         print(f"{name:24s} {row['perplexity'] * (1 + row['perplexity_change']):10.3f} "
               f"{row['perplexity_change']:+8.3%} ± {row['standard_error']:.3%} {row['kl_mean']:9.5f} "
               f"{row['kl_median']:9.6f} {row['kl_p99']:8.4f} {row['same_likeliest']:9.2%} "
               f"{row['greedy_same_tokens']:7.1f} {row['greedy_same_whole']:6.0%}", flush=True)  # fmt: skip
-        del other
     print(f"{rows[0]['tokens']:,} tokens; greedy: tokens until one differs, of {ANSWER}, {len(prompts)} answers")
     if flags.json:
         flags.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -32,9 +32,10 @@ from ernie_jax.sharding import Layout
 
 _BATCH_AXES = ("group", None)
 _GROUP_AXES = ("group", None, None, None)
-# Recording a graph of a step of many tokens takes a GPU's host longer than launching its kernels one by one: 8 ms of a
-# prefill of 8,192 tokens by the 21B model on an H100.
-_NO_GRAPH = {"xla_gpu_graph_min_graph_size": 1 << 30}
+# Of steps with prompts, on GPUs. Recording a graph of them takes the host longer than launching their kernels one by
+# one, 8 ms of a prefill of 8,192 tokens by the 21B model on an H100, and most of their compiling went to Triton's
+# products, built and timed beside those of cuBLAS.
+_PROMPT_OPTIONS = {"xla_gpu_graph_min_graph_size": 1 << 30, "xla_gpu_enable_triton_gemm": False}
 
 
 class StepOutput(NamedTuple):
@@ -232,7 +233,7 @@ class DeviceStep:
         group, load_spec = layout.spec(_BATCH_AXES), layout.spec(self._own_axes)
         output = StepOutput(layout.spec((None, "vocab")), everywhere, group, load_spec)
         self._decode = sharded(forward, (everywhere, group), output)
-        self._prompt = sharded(forward, (everywhere, group), output, _NO_GRAPH if platform == "gpu" else None)
+        self._prompt = sharded(forward, (everywhere, group), output, _PROMPT_OPTIONS if platform == "gpu" else None)
         self._score = sharded(score, (group, everywhere), everywhere)
         here = layout.sharding()
         self._logits = jax.jit(

@@ -88,7 +88,11 @@ class Plan:
             everything |= {name: everything[name] * self._recipe.lora.scale for name in ups}
 
         def rounded(path, leaf):
-            return path, leaf.replace(everything[".".join(map(str, path))].astype(leaf.get_value().dtype))
+            name = ".".join(map(str, path))
+            weight = everything[name].astype(leaf.get_value().dtype)
+            if self._layout.mesh.size > 1:  # else XLA may gather float32 and round it there: twice as many bytes
+                weight = jax.lax.with_sharding_constraint(weight, self.abstract[name].sharding)
+            return path, leaf.replace(weight)
 
         return nnx.merge(self.graph, nnx.from_flat_state([rounded(path, leaf) for path, leaf in self.leaves]))
 

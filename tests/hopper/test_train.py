@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import pathlib
 import re
 
@@ -81,3 +82,11 @@ def test_adapters_of_experts_are_sharded_as_these():
     # Of 64 experts an expert's half each of 16, and of 1,536 their inner width 768; the rank is filled up.
     parts = set(re.findall(r"@grouped_outer_product\w*\(.*-> \(?tensor<(\S+)xbf16>", lowered.as_text()))
     assert parts == {"16x2560x64", "16x1536x64", "16x768x64"}
+
+
+def test_weights_are_rounded_before_they_are_gathered():
+    _, lowered = lower_step("moment_dtype=bfloat16", gpus=2, sharding="fsdp")
+    gathers = re.findall(r"= (.*) all-gather(?:-start)?\(", lowered.compile().as_text())
+    wide = [shape for line in gathers for shape in re.findall(r"f32\[([\d,]+)\]", line)]
+    routers = 64 * 2560
+    assert gathers and all(math.prod(map(int, shape.split(","))) <= routers for shape in wide)
