@@ -147,6 +147,17 @@ class Layout:
         """Return where an array of these logical axes lies; without axes, on every device."""
         return NamedSharding(self.mesh, self.spec(axes))
 
+    def place(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """Return where a parameter lies.
+
+        Experts whose embed axis is cut, which is gathered for use, are cut by whole experts if these divide: what is
+        gathered then lies in order, and kernels need no transposed copy of it.
+        """
+        cut = self.table["embed"]
+        if cut and {"expert", "embed"} <= set(axes) and shape[axes.index("expert")] % self.size("embed") == 0:
+            return NamedSharding(self.mesh, P(*(cut if axis == "expert" else None for axis in axes)))
+        return self.sharding(axes)
+
     def put(self, array: np.ndarray, axes: tuple[str | None, ...] = ()) -> jax.Array:
         """Place a host array that every process has whole and equal."""
         sharding = self.sharding(axes)
@@ -264,7 +275,8 @@ def shard_abstract(state: nnx.State, layout: Layout) -> nnx.State:
     """Give every leaf of an abstract state the sharding that its `axes` metadata asks for."""
 
     def place(variable: nnx.Variable) -> nnx.Variable:
-        value, sharding = variable.get_value(), layout.sharding(variable.get_metadata("axes"))
+        value = variable.get_value()
+        sharding = layout.place(variable.get_metadata("axes"), value.shape)
         return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
 
     return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
@@ -71,6 +72,18 @@ def test_every_array_is_split_over_every_device(config):
         assert layout.size("expert") * layout.size("expert_mlp") == 8
         assert layout.size("mlp") == layout.size("vocab") == 8
         assert layout.size("group") * layout.size("kv_head") == 8
+
+
+def test_experts_that_are_gathered_are_cut_between_experts(config):
+    """Where there are as many as devices; all else that is gathered is cut along the model's width."""
+    axes = ("expert", "gate_up", "expert_mlp", "embed")
+    layout = make_layout(config, jax.devices(), preset="fsdp")
+    devices = MESH_AXES
+    assert layout.place(axes, (64, 2, 1536, 2560)).spec == P(devices, None, None, None)
+    assert layout.place(axes, (60, 2, 1536, 2560)).spec == P(None, None, None, devices)
+    assert layout.place(("vocab", "embed"), (103424, 2560)).spec == P(None, devices)
+    shared = make_layout(config, jax.devices(), preset="expert")
+    assert shared.place(axes, (64, 2, 1536, 2560)).spec == P(("data", "expert"), None, ("tensor",), None)
 
 
 @pytest.mark.parametrize(
