@@ -2,8 +2,8 @@
 
     python -m benchmarks.sharded --shardings=single,expert,tensor,expert+data --batch=1,8,64,256
 
-Rows are measured as by `main.py bench`. The collectives' time is the sum of their kernels on one device in a profile of
-decode steps, waiting for the other devices included.
+Rows are measured as by `main.py bench`, and compared with those of `single` if it ran before. The collectives' time is
+the sum of their kernels on one device in a profile of decode steps, waiting for the other devices included.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def main(_) -> None:
         print(f"\n{llm.describe()}\n{report.HEADER}")
         for case in cases:
             row = measure(llm.engine, llm.layout, case, machine, traced, rng, _REPEATS.value)
-            alone.setdefault(case, row.tokens_per_second if sharding == "single" else float("nan"))
-            print(report.line(row), f"· {row.tokens_per_second / alone[case]:.2f}x one device", end="", flush=True)
+            if sharding == "single":
+                alone[case] = row.tokens_per_second
+            ratio = f" · {row.tokens_per_second / alone[case]:.2f}x one device" if case in alone else ""
+            print(report.line(row) + ratio, end="", flush=True)
             if sharding != "single" and isinstance(case, Decode):
                 with tempfile.TemporaryDirectory() as folder:
                     found = profile.trace(llm.engine, case, rng, folder)
