@@ -11,6 +11,7 @@ from ernie_jax.engine import Engine, EngineOptions, SamplingParams
 from ernie_jax.errors import UserError
 from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import single
+from tests.engine.ties import drain, expected_run, single_run
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 PAGE = 16
@@ -42,20 +43,18 @@ def collect(engine, events):
         events.setdefault(event.request, []).append(event)
 
 
-def drain(engine, events=None):
-    events = {} if events is None else events
-    while engine.has_work:
-        collect(engine, events)
-    return events
-
-
 def tokens_of(events):
     return [event.token for event in events]
 
 
-def single_run(engine, prompt, params, **options):
-    request = engine.submit(prompt, params, **options)
-    return tokens_of(drain(engine)[request])
+@pytest.fixture(scope="module")
+def check(alone, tiny_model):
+    """Hold the tokens that were found to those of the same request alone."""
+
+    def check(found, prompt, params, **options):
+        assert found == expected_run(alone, tiny_model, prompt, params, found, **options)
+
+    return check
 
 
 def draw_params(rng, most):
@@ -75,7 +74,7 @@ def draw_params(rng, most):
     )
 
 
-def test_whoever_comes_and_goes_every_request_says_what_it_says_alone(engine, alone, rng):
+def test_whoever_comes_and_goes_every_request_says_what_it_says_alone(tiny_model, engine, alone, rng):
     requests, events, cancelled = {}, {}, set()
     system = rng.integers(3, 300, 40).tolist()  # many prompts begin alike
     for _ in range(250):
@@ -97,8 +96,8 @@ def test_whoever_comes_and_goes_every_request_says_what_it_says_alone(engine, al
     assert (stats.running, stats.waiting, stats.used_pages) == (0, 0, 0)
     assert stats.free_pages + stats.cached_pages == 20 and engine.free_tokens == engine.cache_tokens
     for request, (prompt, params) in requests.items():
-        expected = single_run(alone, prompt, params)
         found = events.get(request, [])
+        expected = expected_run(alone, tiny_model, prompt, params, tokens_of(found))
         assert tokens_of(found) == expected[: len(found)]
         if request not in cancelled:
             assert len(found) == len(expected) and found[-1].finish_reason in ("stop", "length")
@@ -106,7 +105,7 @@ def test_whoever_comes_and_goes_every_request_says_what_it_says_alone(engine, al
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_preemption_restores_penalties_and_seeds(tiny_model, alone, rng, prefix_caching):
+def test_preemption_restores_penalties_and_seeds(tiny_model, check, rng, prefix_caching):
     options = dataclasses.replace(SMALL, cache_tokens=10 * PAGE, prefix_caching=prefix_caching)
     engine = Engine(tiny_model, single(), options, valid_vocab=300)
     params = SamplingParams(
@@ -118,13 +117,12 @@ def test_preemption_restores_penalties_and_seeds(tiny_model, alone, rng, prefix_
     assert engine.stats().preemptions
     assert engine.stats().prompt_tokens == 90  # not those that were computed again
     for request, prompt in zip(requests, prompts, strict=True):
-        assert tokens_of(events[request]) == single_run(alone, prompt, params)
+        check(tokens_of(events[request]), prompt, params)
 
 
-def test_a_stream_goes_on_beside_a_long_prompt(alone, rng):
+def test_a_stream_goes_on_beside_a_long_prompt(alone, check, rng):
     short, long = (rng.integers(3, 300, length).tolist() for length in (10, 400))
     params = SamplingParams(max_new_tokens=60, temperature=0.0, ignore_eos=True)
-    expected = [single_run(alone, prompt, params) for prompt in (short, long)]
     events = {}
     stream = alone.submit(short, params)
     while stream not in events:
@@ -137,17 +135,18 @@ def test_a_stream_goes_on_beside_a_long_prompt(alone, rng):
         computed = alone.progress(other).computed
     assert computed == 400 and len(events[stream]) >= 25
     drain(alone, events)
-    assert [tokens_of(events[stream]), tokens_of(events[other])] == expected
+    check(tokens_of(events[stream]), short, params)
+    check(tokens_of(events[other]), long, params)
     assert alone.progress(other) is None
 
 
-def test_a_conversation_reuses_its_turns(engine, alone, rng):
+def test_a_conversation_reuses_its_turns(engine, check, rng):
     prompt, params = rng.integers(3, 300, 20).tolist(), SamplingParams(max_new_tokens=15, temperature=0.0)
     params = dataclasses.replace(params, ignore_eos=True)
     for turn in range(6):
         request = engine.submit(prompt, params)
         events = drain(engine)[request]
-        assert tokens_of(events) == single_run(alone, prompt, params)
+        check(tokens_of(events), prompt, params)
         # All full pages of the last turn, whose last token was sampled and perhaps not fed.
         assert all(event.cached_tokens == (len(prompt) - 10) // PAGE * PAGE * (turn > 0) for event in events)
         prompt = prompt + tokens_of(events) + rng.integers(3, 300, 9).tolist()
@@ -155,7 +154,7 @@ def test_a_conversation_reuses_its_turns(engine, alone, rng):
     assert stats.cached_tokens > stats.prompt_tokens / 2 and stats.preemptions == 0
 
 
-def test_a_cancelled_prompt_leaves_only_whole_pages(engine, alone, rng):
+def test_a_cancelled_prompt_leaves_only_whole_pages(engine, check, rng):
     prompt = rng.integers(3, 300, 150).tolist()
     params = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
     request = engine.submit(prompt, params)
@@ -165,11 +164,11 @@ def test_a_cancelled_prompt_leaves_only_whole_pages(engine, alone, rng):
     again = engine.submit(prompt, params)
     events = drain(engine)
     assert request not in events and events[again][0].cached_tokens == 64
-    assert tokens_of(events[again]) == single_run(alone, prompt, params)
+    check(tokens_of(events[again]), prompt, params)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_step_that_fails_is_survived(engine, alone, rng, monkeypatch, when):
+def test_a_step_that_fails_is_survived(engine, check, rng, monkeypatch, when):
     prompts = [rng.integers(3, 300, 60).tolist() for _ in range(3)]
     params = SamplingParams(max_new_tokens=20, temperature=0.0, frequency_penalty=1.0, ignore_eos=True)
     requests = [engine.submit(prompt, params) for prompt in prompts]
@@ -192,17 +191,17 @@ def test_a_step_that_fails_is_survived(engine, alone, rng, monkeypatch, when):
     events = drain(engine)
     for request, prompt in zip(again, prompts, strict=True):
         assert events[request][0].cached_tokens == 0
-        assert tokens_of(events[request]) == single_run(alone, prompt, params)
+        check(tokens_of(events[request]), prompt, params)
 
 
-def test_scoring_leaves_the_known_pages_alone(engine, alone, rng):
+def test_scoring_leaves_the_known_pages_alone(engine, alone, check, rng):
     prompt = rng.integers(3, 300, 60).tolist()
     params = SamplingParams(max_new_tokens=4, temperature=0.0)
     single_run(engine, prompt, params)
     known = engine.stats().cached_pages
     assert dict(engine.score([prompt[:40]]))[0] == pytest.approx(dict(alone.score([prompt[:40]]))[0], abs=1e-5)
     assert engine.stats().cached_pages == known == 3
-    assert single_run(engine, prompt, params) == single_run(alone, prompt, params)
+    check(single_run(engine, prompt, params), prompt, params)
 
 
 def test_steps_of_unchanged_sequences_follow_on_the_device(tiny_model, rng, monkeypatch):
@@ -241,7 +240,7 @@ class Counting:
         return self.last > 60
 
 
-def test_guided_rows_obey_and_the_others_do_not_notice(engine, alone, rng):
+def test_guided_rows_obey_and_the_others_do_not_notice(engine, check, rng):
     prompts = [rng.integers(3, 300, 30).tolist() for _ in range(5)]
     params = [draw_params(rng, 60) for _ in prompts]
     guided = [
@@ -256,14 +255,14 @@ def test_guided_rows_obey_and_the_others_do_not_notice(engine, alone, rng):
     obeying = [engine.submit(prompts[0], settings, grammar=Counting()) for settings in guided]
     drain(engine, events)
     for request, prompt, settings in zip(requests, prompts, params, strict=True):
-        assert tokens_of(events[request]) == single_run(alone, prompt, settings)
+        check(tokens_of(events[request]), prompt, settings)
     for request, settings in zip(obeying, guided, strict=True):
         tokens = tokens_of(events[request])
         steps = np.diff([10, *tokens])
         assert steps.min() >= 1 and steps.max() <= 3
         reason = events[request][-1].finish_reason
         assert (tokens[-1] > 60) == (reason == "stop") and (len(tokens) == 5) == (reason == "length")
-        assert tokens == single_run(alone, prompts[0], settings, grammar=Counting())
+        check(tokens, prompts[0], settings, grammar=Counting)
 
 
 class Late(Counting):
@@ -282,15 +281,15 @@ class Late(Counting):
         return self.spoken <= 5 or super().accept(token)
 
 
-def test_a_grammar_may_be_free_for_a_while(engine, alone, rng):
+def test_a_grammar_may_be_free_for_a_while(engine, check, rng):
     prompt, params = rng.integers(3, 300, 30).tolist(), SamplingParams(max_new_tokens=9, temperature=0.0)
     params = dataclasses.replace(params, ignore_eos=True)
     tokens = single_run(engine, prompt, params, grammar=Late())
-    assert tokens[:5] == single_run(alone, prompt, params)[:5]
+    check(tokens[:5], prompt, dataclasses.replace(params, max_new_tokens=5))
     assert len(tokens) == 9 and all(0 < step < 4 for step in np.diff([10, *tokens[5:]]))
 
 
-def test_a_grammar_that_errs_ends_its_sequence_and_no_other(engine, alone, rng):
+def test_a_grammar_that_errs_ends_its_sequence_and_no_other(engine, check, rng):
     class Wrong(Counting):
         def accept(self, token):
             return False
@@ -306,7 +305,7 @@ def test_a_grammar_that_errs_ends_its_sequence_and_no_other(engine, alone, rng):
     wrong, lost = (engine.submit([5, 6, 7], params, grammar=grammar) for grammar in (Wrong(), Lost()))
     other = engine.submit(prompt, params)
     events = drain(engine)
-    assert tokens_of(events[other]) == single_run(alone, prompt, params)
+    check(tokens_of(events[other]), prompt, params)
     for request, problem in ((wrong, "does not take a token"), (lost, "too complex")):
         *before, last = events[request]
         assert last.finish_reason == "error" and problem in last.problem
@@ -315,14 +314,14 @@ def test_a_grammar_that_errs_ends_its_sequence_and_no_other(engine, alone, rng):
     assert engine.stats().used_pages == 0
 
 
-def test_experts_are_told_to_those_who_ask(tiny_model, alone, rng):
+def test_experts_are_told_to_those_who_ask(tiny_model, alone, check, rng):
     prompt, other = (rng.integers(3, 300, length).tolist() for length in (20, 70))
     params = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
     asking, silent = alone.submit(prompt, params, include_routing=True), alone.submit(other, params)
     events = drain(alone)
     assert all(event.experts is None for event in events[silent])
     tokens = [*prompt, *tokens_of(events[asking])]
-    assert tokens[20:] == single_run(alone, prompt, params)
+    check(tokens[20:], prompt, params)
     found = np.stack([event.experts for event in events[asking]], axis=1)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, chosen_experts(tiny_model, tokens)[:, 19:-1])

@@ -65,7 +65,8 @@ def test_many_lengths_at_once_equal_the_cacheless_forward(engine, logits, rng):
         assert len(tokens) == 24
         assert [e.finish_reason for e in events[request]] == [None] * 23 + ["length"]
         expected = logits(prompt + tokens)[len(prompt) - 1 : -1]
-        assert tokens == expected[:, :300].argmax(-1).tolist()
+        best = expected[:, :300].max(-1)
+        np.testing.assert_allclose(expected[np.arange(24), tokens], best, atol=1e-5)  # one of them at a tie
         logprobs = np.asarray(jax.nn.log_softmax(expected))[np.arange(24), tokens]
         np.testing.assert_allclose([e.logprob for e in events[request]], logprobs, atol=1e-5)
     assert engine.free_tokens == engine.cache_tokens

@@ -14,8 +14,8 @@ from ernie_jax.engine.cache import make_pages
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie, initialize
-from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import make_layout, single
+from tests.engine.ties import SCORE, forward_with_leads
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 TOLERANCE = 1e-4
@@ -73,28 +73,13 @@ def reference(config, routing):
     return of
 
 
-def forward_with_leads(model, tokens):
-    """Return what `forward` does, by how much the last chosen score led the next, and the chosen experts."""
-
-    def attend(q, k, v, cache):
-        return packed_attention(q, k, v, jnp.zeros_like(tokens)), cache
-
-    out = model(tokens, jnp.arange(tokens.shape[1])[None], attend)
-    routers = [layer.mlp.router for layer in model.layers if hasattr(layer.mlp, "router")]
-    leads = []
-    for router, routed in zip(routers, out.routing, strict=True):
-        scores = jnp.sort(routed.probabilities + router.correction_bias[...], axis=-1)
-        leads.append(scores[:, -router.k] - scores[:, -router.k - 1])
-    return model.logits(out.hidden), jnp.stack(leads), jnp.stack([routed.experts for routed in out.routing])
-
-
 def decided_prompts(rng, config, routing, lengths):
     """Draw prompts in which no choice of experts is nearly a tie: another order of sums could turn it."""
     prompts = []
     for length in lengths:
         while True:
             prompt = rng.integers(3, 300, length).tolist()
-            if reference(config, routing)(prompt)[1] > 1e-5:
+            if reference(config, routing)(prompt)[1] > SCORE:
                 break
         prompts.append(prompt)
     return prompts
@@ -175,7 +160,7 @@ def test_engine_generates_and_scores_as_on_one_device(layout, alone, tiny_config
         generated = greedy(engine, prompts, params)
         for prompt, ours, theirs, (values, lead, _) in zip(prompts, generated, expected, logits, strict=True):
             first, second = np.sort(values[len(prompt) - 1 : -1], axis=-1)[:, :-3:-1].T
-            if lead > 1e-5 and (first - second).min() > 10 * TOLERANCE:
+            if lead > SCORE and (first - second).min() > 10 * TOLERANCE:
                 assert ours == theirs
                 compared += 1
         if compared >= 5:
