@@ -13,17 +13,9 @@ from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import single
 from tests.engine.ties import drain, expected_run, single_run
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
 PAGE = 16
 SMALL = EngineOptions(cache_tokens=20 * PAGE, max_sequences=4, prefill_chunk=64, mixed_chunk=16, page_size=PAGE)
 AMPLE = dataclasses.replace(SMALL, cache_tokens=128 * PAGE, prefix_caching=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,6 @@ PAGE, NEW = 16, 24
 SMALL = EngineOptions(14 * PAGE, max_sequences=4, prefill_chunk=64, mixed_chunk=16, page_size=PAGE, kv_dtype="int8")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _(quick_compiling):
-    """Most of the time is XLA's."""
-
-
 @functools.partial(jax.jit, static_argnames="form")
 def log_probabilities(model, tokens, form):
     """Return [T, V] after each token of a sequence [T], computed without a cache."""

@@ -19,8 +19,6 @@ from ernie_jax.model import Ernie, initialize, parameter_specs
 from ernie_jax.ops import Quantized, dequantize, form_of, quantize
 from ernie_jax.sharding import make_layout, single
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 OPTIONS = EngineOptions(cache_tokens=1024, max_sequences=4, prefill_chunk=64, page_size=16)
 LAYOUTS = [
     ("int8+", "expert+tensor", "expert:4,tensor:2", 8),

@@ -34,11 +34,6 @@ class Pipe:
         return self.frames.get(timeout=10)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiling(quick_compiling):
-    pass
-
-
 @pytest.fixture
 def engines(tiny_model):
     leader, follower = (

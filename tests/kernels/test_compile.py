@@ -23,11 +23,12 @@ def nvcc() -> str:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_kernels_compile(nvcc, capability, tmp_path):
+def test_kernels_compile_without_a_warning(nvcc, tmp_path):
+    """For the oldest GPU that they are for; the library below is for an H100."""
+
     def compile_one(source):
         out = tmp_path / f"{source.stem}.cubin"
-        command = [nvcc, *kernels.flags(capability), "-Werror=all-warnings", "-cubin", str(source), "-o", str(out)]
+        command = [nvcc, *kernels.flags("80"), "-Werror=all-warnings", "-cubin", str(source), "-o", str(out)]
         return subprocess.run(command, capture_output=True, text=True)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

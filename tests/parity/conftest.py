@@ -87,6 +87,11 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("case", names, indirect=True, scope="session")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiling(quick_compiling):
+    pass
+
+
 @pytest.fixture(scope="session")
 def mesh():
     return single(jax.devices("cpu")[0])

@@ -24,8 +24,8 @@ from tests.server.conftest import running
 from tests.server.storm import Storm, questions
 from tests.server.test_load import wait_for
 
-STREAMS = int(os.environ.get("ERNIE_LOAD_STREAMS", "64"))
-SECONDS = float(os.environ.get("ERNIE_LOAD_SECONDS", "6"))
+STREAMS = int(os.environ.get("ERNIE_LOAD_STREAMS", "32"))
+SECONDS = float(os.environ.get("ERNIE_LOAD_SECONDS", "4"))
 LONG = 120  # seconds from which on memory tells something
 GROWTH = 16 * 2**20  # bytes of a run that may come from the allocator
 

@@ -19,27 +19,30 @@ pytest.importorskip("libtpu", reason="libtpu, of the test extra, is for Linux on
 
 BATCH = 64
 KERNEL = 'custom_call_target="tpu_custom_call"'
-# (model, slice, sharding, prompt tokens of the step or 0 for decoding)
+# (model, slice, sharding, prompt tokens of the step or 0 for decoding, layers or None for all)
 STEPS = [
-    ("21b-a3b", "v5e:2x4", "expert", 0),
-    ("21b-a3b", "v5e:2x4", "expert", 512),
-    ("21b-a3b", "v5e:4x4", "expert", 0),
-    ("21b-a3b", "v5e:4x4", "expert", 512),
-    ("21b-a3b", "v5p:2x2x2", "expert", 0),
-    ("21b-a3b", "v5p:2x2x2", "expert", 512),
-    ("21b-a3b", "v6e:2x4", "expert", 0),
-    ("21b-a3b", "v6e:2x4", "expert", 512),
-    ("21b-a3b", "tpu7x:2x2x1", "expert", 0),
-    ("21b-a3b", "tpu7x:2x2x1", "expert", 512),
-    ("21b-a3b", "v5e:16x16", None, 0),
-    ("21b-a3b", "v5e:4x4", "exchange", 0),
-    ("300b-a47b", "v5e:8x8", None, 0),
+    ("21b-a3b", "v5e:2x4", "expert", 0, None),
+    ("21b-a3b", "v5e:2x4", "expert", 512, None),
+    ("21b-a3b", "v5e:4x4", "expert", 0, None),
+    ("21b-a3b", "v5e:4x4", "expert", 512, 4),
+    ("21b-a3b", "v5p:2x2x2", "expert", 0, None),
+    ("21b-a3b", "v5p:2x2x2", "expert", 512, 4),
+    ("21b-a3b", "v6e:2x4", "expert", 0, None),
+    ("21b-a3b", "v6e:2x4", "expert", 512, 4),
+    ("21b-a3b", "tpu7x:2x2x1", "expert", 0, None),
+    ("21b-a3b", "tpu7x:2x2x1", "expert", 512, 4),
+    ("21b-a3b", "v5e:16x16", None, 0, 6),
+    ("21b-a3b", "v5e:4x4", "exchange", 0, 6),
+    ("300b-a47b", "v5e:8x8", None, 0, None),
 ]
 
 
-def read_config(name):
+def read_config(name, layers=None):
     config = ModelConfig.from_file(f"configs/ernie-4.5-{name}.json")
-    return dataclasses.replace(config, num_nextn_predict_layers=0)
+    config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    if layers is not None:
+        config = dataclasses.replace(config, num_hidden_layers=layers, moe_layer_end_index=layers - 1)
+    return config
 
 
 def count(text):
@@ -52,8 +55,8 @@ def count(text):
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: "-".join(map(str, case)))
 def test_a_step_fits_and_sends_what_it_must(case):
-    name, where, sharding, chunk = case
-    config, topology = read_config(name), parse_topology(where)
+    name, where, sharding, chunk, layers = case
+    config, topology = read_config(name, layers), parse_topology(where)
     layout = make_layout(config, topology.compile_devices(), preset=sharding)
     context = 8192 if chunk else 2048
     shape = (prefill_shape if chunk else decode_shape)(config, layout, chunk or BATCH, context)
@@ -86,9 +89,7 @@ def test_a_step_fits_and_sends_what_it_must(case):
 @functools.cache
 def quantized(form, where, layers, tokens, cached=65536, context=8192, kv_dtype=None, embedding=False):
     """Compile a step of the 21B model, cut to some layers, on one chip; `tokens` of one prompt if more than 64."""
-    config = read_config("21b-a3b")
-    config = dataclasses.replace(config, num_hidden_layers=layers, moe_layer_end_index=layers - 1, quantize=form)
-    config = dataclasses.replace(config, quantize_embedding=embedding)
+    config = dataclasses.replace(read_config("21b-a3b", layers), quantize=form, quantize_embedding=embedding)
     layout = make_layout(config, parse_topology(where).compile_devices())
     shape = (decode_shape if tokens <= 64 else prefill_shape)(config, layout, tokens, context, kv_dtype=kv_dtype)
     lowered = lower_step(config, layout, jnp.bfloat16, shape, cached // PAGE_SIZE + 1, kv_dtype=kv_dtype)
