@@ -265,6 +265,10 @@ class Engine:
             self._load = _Load(load, self._devices.load)
         return dropped
 
+    def freeze(self) -> None:
+        """Keep Python from stopping all sequences to look for garbage among compiled programs; see `Devices.freeze`."""
+        self._devices.freeze()
+
     @contextlib.contextmanager
     def lead(self, sender: Sender) -> Iterator[None]:
         """Have the same engine in other processes, which call `follow`, do on its devices what this one does.

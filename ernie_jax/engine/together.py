@@ -61,6 +61,10 @@ class LeadingDevices(Devices):
         self._sender.send("set", facts, tokens)
         super().set(settings)
 
+    def freeze(self) -> None:
+        self._sender.send("freeze")
+        super().freeze()
+
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         self._sender.send("logits", None, [tokens])
         return super().logits(tokens)
@@ -95,6 +99,8 @@ def follow(devices: Devices, receiver: Receiver) -> None:
                 devices.set([_settings(*row, next(tokens), next(tokens)) for row in fact])
             case "lay_out":
                 devices.lay_out([SamplingParams(**params) for params in fact])
+            case "freeze":
+                devices.freeze()
             case "logits":
                 devices.logits(*arrays)
             case "reset":

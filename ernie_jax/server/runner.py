@@ -148,10 +148,7 @@ class Runner:
         """Start the thread; call it in the event loop that will iterate over the streams."""
         self._loop = asyncio.get_running_loop()
         sys.setswitchinterval(_SWITCH_SECONDS)
-        # Of what is compiled JAX keeps hundreds of thousands of objects. Whenever Python looked for garbage among them,
-        # every some hundred steps, all streams would stand still for half a second.
-        gc.collect()
-        gc.freeze()
+        self._engine.freeze()
         self._thread.start()
 
     @property

@@ -1,5 +1,6 @@
 """An engine that follows another has on its devices what the other has, though it is told no token."""
 
+import gc
 import queue
 
 import jax
@@ -89,11 +90,16 @@ def test_a_follower_has_the_same_on_its_devices(engines, rng):
                 leader.step()
         drain(leader)
         shown = leader.logits([3, 4, 5])
+        leader.freeze()
+        gc.unfreeze()
         leader.submit([5] * 40, SamplingParams(max_new_tokens=4, temperature=0.0))
         drain(leader)
     assert leader.stats().preemptions > 0
-    assert {"reset", "forward", "sample", "set", "lay_out", "logits", "end"} == set(pipe.words)
+    assert {"reset", "forward", "sample", "set", "lay_out", "freeze", "logits", "end"} == set(pipe.words)
+    assert gc.get_freeze_count() == 0
     follower.follow(pipe)
+    assert gc.get_freeze_count() > 100_000
+    gc.unfreeze()
     assert pipe.frames.empty() and shown.shape == (3, 320)
     check_equal(leader, follower)
 
