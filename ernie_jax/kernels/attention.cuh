@@ -17,13 +17,16 @@
 
 #include <algorithm>
 
-#include "attention_plan.cuh"
+#include "attention_step.cuh"
 #include "pages.cuh"
 
 namespace ernie::attention {
 namespace {
 
 constexpr int kHeadDim = 128;
+constexpr int kTile = 16;  // positions
+constexpr int kLeastTiles = 16;  // of a range: below this a merge of blocks costs more than it saves
+constexpr int kMostTokens = 2048;  // of a step: ops/decode_attention.py asks for no more
 constexpr int kMostBlocks = 512;  // of a launch: there is room for so many partial results
 // Floats of a query's partial result; at kHeadDim follow its maximum and sum.
 constexpr int kPitch = kHeadDim + 4;
@@ -46,6 +49,77 @@ __device__ __forceinline__ uint4 rotate(const uint4& v, const float* rotation, i
   };
   return make_uint4(pair(v.x, cos.x, sin.x), pair(v.y, cos.y, sin.y), pair(v.z, cos.z, sin.z),
                     pair(v.w, cos.w, sin.w));
+}
+
+// Every block is for one head and, where it is not idle, for ranges of the tiles of all tokens, laid end to end. Ranges
+// are whole tokens where that is nearly as even, or else equal parts, at whose bounds blocks share a token's result.
+struct Plan {
+  int ranges;  // that run at a time
+  int count;   // ranges in all
+  int length;  // tiles of a range that is an equal part, or 0
+  int total;   // tiles
+
+  __device__ int begin(int range, const int* first) const { return length ? range * length : first[range]; }
+  __device__ int end(int range, const int* first) const {
+    return length ? min((range + 1) * length, total) : first[range + 1];
+  }
+};
+
+__device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// Fill first[t] with the tiles of the tokens before t, and return the longest token's. All threads call this.
+template <int W>
+__device__ int count_tiles(const Step& step, int (&first)[kMostTokens + 1]) {
+  __shared__ int sums[W], longest[W];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int before = 0, most = 0;
+  for (int base = 0; base < step.tokens; base += 32 * W) {
+    const int t = base + threadIdx.x;
+    int tiles = 0;
+    if (t < step.tokens && step.rows[t] < step.sequences) tiles = step.positions[t] / kTile + 1;
+    most = max(most, tiles);
+    int sum = tiles;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += other;
+    }
+    if (lane == 31) sums[warp] = sum;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      if (w < warp) sum += sums[w];
+    }
+    if (t < step.tokens) first[t + 1] = before + sum;
+#pragma unroll
+    for (int w = 0; w < W; ++w) before += sums[w];
+    __syncthreads();
+  }
+#pragma unroll
+  for (int d = 16; d; d /= 2) most = max(most, __shfl_xor_sync(~0u, most, d));
+  if (lane == 0) longest[warp] = most;
+  if (threadIdx.x == 0) first[0] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < W; ++w) most = max(most, longest[w]);
+  return most;
+}
+
+__device__ Plan make_plan(const Step& step, int total, int longest) {
+  const int ranges = gridDim.x / step.kv_heads;
+  const int length = max(kLeastTiles, divide_up(total, ranges));
+  const bool whole = divide_up(step.tokens, ranges) * longest <= length + length / 4 + 8;
+  return {ranges, whole ? step.tokens : divide_up(total, length), whole ? 0 : length, total};
+}
+
+// The last token with first[t] <= tile: the only one of those that has tiles.
+__device__ int find(const int* first, int tokens, int tile) {
+  int low = 0, high = tokens;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first[middle] <= tile ? low : high) = middle;
+  }
+  return low;
 }
 
 // Where a tile lies, and its last position that is in use: that one stands in for those behind it, which are masked but
@@ -211,83 +285,42 @@ struct Softmax {
   }
 };
 
-// A token's cached keys and values of one head.
-template <typename C>
-struct Cached {
-  const Step& step;
-  typename C::Number* pages;  // of the head
-  int head, position, row;    // where the sequence's part of the table begins
-
-  __device__ __forceinline__ Cached(const Step& step, int t, int head)
-      : step(step),
-        pages(static_cast<typename C::Number*>(step.pages) + 2 * head * kHeadDim),
-        head(head),
-        position(step.positions[t]),
-        row(step.rows[t] * step.width) {}
-
-  __device__ __forceinline__ int page_tiles() const { return step.page_size / kTile; }
-  __device__ __forceinline__ int stride() const { return 2 * step.kv_heads * kHeadDim; }  // from position to position
-  __device__ __forceinline__ int newest() const { return position / kTile; }
-  __device__ __forceinline__ int page_of(int tile) const { return step.table[row + tile / page_tiles()]; }
-  __device__ __forceinline__ float* scale_of(int page, int at) const {  // of the key at a position of a page
-    return step.scales + ((int64_t)page * step.kv_heads + head) * 2 * step.page_size + at;
-  }
-  __device__ __forceinline__ Source<C> source(int tile, int page) const {
-    const int at = tile % page_tiles();
-    return {pages, scale_of(page, at * kTile), (page * page_tiles() + at) * kTile, position - tile * kTile, stride(),
-            step.page_size};
-  }
-};
-
-// Ask for each warp's first tile of those in [begin, end) that `attend` will read, before the kernel in front is done.
-// What this step itself writes must be waited for: `begun` says if this warp's is on its way.
-template <int NT, int W, typename C>
-__device__ __forceinline__ void attend_early(const Step& step, int t, int head, int begin, int end,
-                                             Room<NT, C>* rooms, bool (&begun)[W]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = begin + warp;
-  const Cached<C> cached(step, t, head);
-  if (tile >= end || tile == cached.newest()) return;
-  const Source<C> source = cached.source(tile, cached.page_of(tile));
-  rooms[warp].tile.fetch_keys(source, lane);
-  rooms[warp].tile.fetch_values(source, lane);
-  if (lane == 0) begun[warp] = true;
-}
-
 // Attend with the queries of a token's head over its tiles [begin, end), each warp over its share.
 template <int NT, int W, typename C>
-__device__ __forceinline__ void attend(const Step& step, int t, int head, int begin, int end, Room<NT, C>* rooms,
-                                       bool (&begun)[W]) {
+__device__ __forceinline__ void attend(const Step& step, int t, int head, int begin, int end, Room<NT, C>* rooms) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int tile = begin + warp;
   if (tile >= end) return;
   const int line = t * step.kv_heads + head;
   const float* rotation = step.rotation ? step.rotation + t * kHeadDim : nullptr;
-  const Cached<C> cached(step, t, head);
-  const int position = cached.position, newest = cached.newest();
+  const int position = step.positions[t], page_tiles = step.page_size / kTile, stride = 2 * step.kv_heads * kHeadDim;
+  const int table = step.rows[t] * step.width;
+  auto* pages = static_cast<typename C::Number*>(step.pages) + 2 * head * kHeadDim;
+  const auto scale_of = [&](int page, int at) {  // of the head's key at a position of a page
+    return step.scales + ((int64_t)page * step.kv_heads + head) * 2 * step.page_size + at;
+  };
+  const auto source = [&](int tile, int page) {
+    return Source<C>{pages, scale_of(page, tile % page_tiles * kTile), (page * page_tiles + tile % page_tiles) * kTile,
+                     position - tile * kTile, stride, step.page_size};
+  };
 
-  int page = cached.page_of(tile);
+  int page = step.table[table + tile / page_tiles];
+  const int newest = position / kTile;
   if (newest < end && (newest - begin) % W == warp) {  // the warp that will read the new key and value writes them
-    const int target = cached.page_of(newest), at = position % step.page_size;
-    auto* to = cached.pages + ((int64_t)target * step.page_size + at) * cached.stride();
+    const int target = step.table[table + newest / page_tiles], at = position % step.page_size;
+    auto* to = pages + ((int64_t)target * step.page_size + at) * stride;
     const int dim = lane % 16 * 8;
     uint4 eight = *reinterpret_cast<const uint4*>((lane < 16 ? step.k : step.v) + (int64_t)line * step.line + dim);
     if (rotation && lane < 16) eight = rotate(eight, rotation, dim);
-    C::store(eight, to + lane * 8, cached.scale_of(target, at) + lane / 16 * step.page_size, lane);
+    C::store(eight, to + lane * 8, scale_of(target, at) + lane / 16 * step.page_size, lane);
     __syncwarp();
   }
   Tile<C>& room = rooms[warp].tile;
   Scales<C> scales = {}, next_scales = {};
-  const Source<C> source = cached.source(tile, page);
-  const bool here = begun[warp];
-  __syncwarp();
-  if (here) {
-    if (lane == 0) begun[warp] = false;
-  } else {
-    room.fetch_keys(source, lane);
-    room.fetch_values(source, lane);
-  }
-  scales.fetch(source, lane);
-  if (tile + W < end) page = cached.page_of(tile + W);
+  room.fetch_keys(source(tile, page), lane);
+  room.fetch_values(source(tile, page), lane);
+  scales.fetch(source(tile, page), lane);
+  if (tile + W < end) page = step.table[table + (tile + W) / page_tiles];
   uint4 queries[NT][4];
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
@@ -306,8 +339,8 @@ __device__ __forceinline__ void attend(const Step& step, int t, int head, int be
   for (int n = 0; n < NT; ++n) softmax.peak[n] = -INFINITY, softmax.sum[n] = 0;
   for (; tile < end; tile += W) {
     const bool more = tile + W < end;
-    const Source<C> next = cached.source(tile + W, page);
-    if (tile + 2 * W < end) page = cached.page_of(tile + 2 * W);
+    const Source<C> next = source(tile + W, page);
+    if (tile + 2 * W < end) page = step.table[table + (tile + 2 * W) / page_tiles];
     wait_for_copies<1>();
     __syncwarp();  // all lanes' copies are here
     float scores[2][4] = {};
@@ -462,23 +495,13 @@ template <int NT, int W, typename C>
 __global__ void __launch_bounds__(32 * W, kBlocksPerSm<NT, W>) decode_kernel(const Step step) {
   __shared__ int first[kMostTokens + 1];
   __shared__ Plan plan;
-  __shared__ bool last, begun[W];
+  __shared__ bool last;
   Room<NT, C>* rooms = dynamic_shared<Room<NT, C>>();
   const int longest = count_tiles<W>(step, first);
   if (threadIdx.x == 0) plan = make_plan(step, first[step.tokens], longest);
-  if (threadIdx.x < W) begun[threadIdx.x] = false;
   launch_next();
-  __syncthreads();
-
-  const int head = blockIdx.x % step.kv_heads;
-  if (const int range = blockIdx.x / step.kv_heads;
-      range < plan.count && plan.begin(range, first) < plan.end(range, first)) {
-    const int at = plan.begin(range, first), t = find(first, step.tokens, at), begin = first[t];
-    const int end = min(plan.end(range, first), first[t + 1]);
-    attend_early<NT, W, C>(step, t, head, at - begin, end - begin, rooms, begun);
-  }
   wait_for_previous();
-  __syncwarp();  // all lanes know what has begun
+  __syncthreads();
 
   const int head_size = step.group * kHeadDim, token_size = step.kv_heads * head_size;
   for (int t = blockIdx.x; t < step.tokens; t += gridDim.x) {  // padding
@@ -487,12 +510,13 @@ __global__ void __launch_bounds__(32 * W, kBlocksPerSm<NT, W>) decode_kernel(con
     for (int i = threadIdx.x; i < token_size / 8; i += blockDim.x) out[i] = make_uint4(0, 0, 0, 0);
   }
 
+  const int head = blockIdx.x % step.kv_heads;
   for (int range = blockIdx.x / step.kv_heads; range < plan.count; range += plan.ranges) {
     const int range_end = plan.end(range, first);
     for (int at = plan.begin(range, first), end; at < range_end; at = end) {
       const int t = find(first, step.tokens, at), begin = first[t];
       end = min(range_end, first[t + 1]);
-      attend<NT, W, C>(step, t, head, at - begin, end - begin, rooms, begun);
+      attend<NT, W, C>(step, t, head, at - begin, end - begin, rooms);
       __syncthreads();
       const int used = min(end - at, W);
       bf16* out = step.out + (t * step.kv_heads + head) * head_size;
