@@ -11,7 +11,7 @@ from ernie_jax.engine import Engine, EngineOptions, SamplingParams
 from ernie_jax.errors import UserError
 from ernie_jax.ops import packed_attention
 from ernie_jax.sharding import single
-from tests.engine.ties import drain, expected_run, single_run
+from tests.engine.ties import collect, drain, expected_run, single_run
 
 PAGE = 16
 SMALL = EngineOptions(cache_tokens=20 * PAGE, max_sequences=4, prefill_chunk=64, mixed_chunk=16, page_size=PAGE)
@@ -28,11 +28,6 @@ def alone(tiny_model):
 def engine(tiny_model):
     """One in which pages run out."""
     return Engine(tiny_model, single(), SMALL, valid_vocab=300, stop_ids=frozenset({2}))
-
-
-def collect(engine, events):
-    for event in engine.step():
-        events.setdefault(event.request, []).append(event)
 
 
 def tokens_of(events):

@@ -12,6 +12,7 @@ from ernie_jax.engine.cache import abstract_pages
 from ernie_jax.errors import UserError
 from ernie_jax.model import forward
 from ernie_jax.sharding import single
+from tests.engine.ties import collect, drain
 
 GREEDY = SamplingParams(max_new_tokens=24, temperature=0.0)
 LENGTH = 256
@@ -40,15 +41,6 @@ def logits(tiny_model):
         return np.asarray(run(state, padded))[0, : len(tokens)]
 
     return of
-
-
-def drain(engine, events=None):
-    """Run to the end; returns request -> its events."""
-    events = {} if events is None else events
-    while engine.has_work:
-        for event in engine.step():
-            events.setdefault(event.request, []).append(event)
-    return events
 
 
 def prompts_of(rng, *lengths):
@@ -132,8 +124,7 @@ def test_cancel_frees_the_pages_and_the_others_go_on(engine, rng):
     kept, dropped = engine.submit(keep, GREEDY), engine.submit(drop, GREEDY)
     events = {}
     for _ in range(8):
-        for event in engine.step():
-            events.setdefault(event.request, []).append(event)
+        collect(engine, events)
     engine.cancel(dropped)
     count = len(events.get(dropped, []))
     drain(engine, events)

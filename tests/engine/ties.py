@@ -15,7 +15,9 @@ from flax import nnx
 from ernie_jax.engine import SamplingParams
 from ernie_jax.ops import packed_attention
 
-LOGIT, SCORE = 1e-4, 1e-5  # leads of a token's logit and of an expert's score that count as ties
+# Leads of a token's logit and of an expert's score that count as ties. The second is tight, since of the tokens of a
+# long text one comes near: a wrong engine must not be excused by it.
+LOGIT, SCORE = 1e-4, 2e-6
 
 
 def forward_with_leads(model, tokens):
@@ -40,12 +42,17 @@ def least_lead(model, tokens: list[int]) -> float:
     return float(run(state, jnp.asarray([tokens])).min())
 
 
+def collect(engine, events):
+    """Run a step, and add its events to those of their requests."""
+    for event in engine.step():
+        events.setdefault(event.request, []).append(event)
+
+
 def drain(engine, events=None):
     """Run to the end; returns request -> its events."""
     events = {} if events is None else events
     while engine.has_work:
-        for event in engine.step():
-            events.setdefault(event.request, []).append(event)
+        collect(engine, events)
     return events
 
 
@@ -65,8 +72,8 @@ def expected_run(engine, model, prompt, params, found, grammar=lambda: None) -> 
     while True:
         expected = single_run(engine, prompt, dataclasses.replace(params, logit_bias=bias), grammar=grammar())
         turn = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
-        if turn is None or found[turn] in bias:
+        if turn is None:
             return expected
-        if least_lead(model, prompt + found[:turn]) < SCORE:
-            return found
+        if found[turn] in bias:  # no tie of logits
+            return found if least_lead(model, prompt + found[:turn]) < SCORE else expected
         bias[found[turn]] = LOGIT  # turns the choice where it is a tie, and else nothing

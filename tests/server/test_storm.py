@@ -1,4 +1,4 @@
-"""Load: hundreds of clients that stream, dawdle, leave, err and ask for too much, all at once.
+"""Load: many clients that stream, dawdle, leave, err and ask for too much, all at once.
 
 Short by default. For hours of it, or 256 streams for five minutes:
 ERNIE_LOAD_STREAMS=256 ERNIE_LOAD_SECONDS=300 python -m pytest -s tests/server/test_storm.py

@@ -1,4 +1,4 @@
-"""Whole models at full size, compiled for TPU slices: they fit, send what the design says, and have the kernels."""
+"""Models of full width, compiled for TPU slices: whole ones fit; all send what they should, and have the kernels."""
 
 import collections
 import dataclasses
