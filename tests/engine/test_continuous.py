@@ -91,6 +91,14 @@ def test_whoever_comes_and_goes_every_request_says_what_it_says_alone(tiny_model
     assert stats.generated_tokens == sum(map(len, events.values()))
 
 
+def test_a_wrong_token_is_not_taken_for_a_tie(alone, tiny_model):
+    prompt, params = list(range(10, 30)), SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
+    right = single_run(alone, prompt, params)
+    wrong = right[:4] + [3 + (right[4] + 1) % 297] + right[5:]
+    assert expected_run(alone, tiny_model, prompt, params, right) == right
+    assert expected_run(alone, tiny_model, prompt, params, wrong) == right
+
+
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_preemption_restores_penalties_and_seeds(tiny_model, check, rng, prefix_caching):
     options = dataclasses.replace(SMALL, cache_tokens=10 * PAGE, prefix_caching=prefix_caching)
