@@ -208,12 +208,10 @@ def sweep():
         bands = (12, 6, 3) if gates == 2 else (10, 5, 2)
         return [
             *(Tiles(64, 256, "rows", 4, band) for band in bands),
-            *(Tiles(128, 128, "columns", 4, band) for band in bands[:2]),
             *(Tiles(128, 128, "rows", 4, band) for band in (24, 8)),
             Tiles(64, 128, "rows", 6, 12),
-            Tiles(64, 128, "columns", 4, 12),
-            Tiles(64, 128, "columns", 3, 12),
-            Tiles(64, 256, "columns", 2, 6),
+            Tiles(64, 128, "tiles", 4, 12),
+            Tiles(64, 128, "tiles", 3, 12),
         ]
 
     search(candidates)

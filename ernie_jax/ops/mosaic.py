@@ -35,10 +35,10 @@ class Tiles(NamedTuple):
 
 
 # From so many pairs of a token and an expert on: gate and up, down. Both must agree in the rows of a block. Of a few
-# pairs the weights are what takes time: small tiles, many loads in flight. Measured by benchmarks/prefill_ops.py, those
-# of few on an H100, those of many on an H200.
+# pairs the weights are what takes time: small tiles, and no multiprocessor that has one more of them than others.
+# Measured by benchmarks/prefill_ops.py, those of few on an H100, those of many on an H200.
 TILES = {
-    0: (Tiles(64, 128, "rows", 6, 12), Tiles(64, 128, "rows", 6, 10)),
+    0: (Tiles(64, 128, "tiles", 4, 12), Tiles(64, 128, "tiles", 4, 10)),
     4096: (Tiles(64, 256, "rows", 4, 12), Tiles(64, 256, "rows", 4, 10)),
 }
 

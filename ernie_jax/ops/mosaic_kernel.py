@@ -20,11 +20,12 @@ ALIGNMENT = 8  # rows, at a multiple of which an expert's rows begin: those of a
 
 
 class Tiling(NamedTuple):
-    """How a product is cut up. Two warpgroups multiply; a third one loads.
+    """How a product is cut up. One or two warpgroups multiply; a further one loads.
 
     Attributes:
       rows, columns: that one warpgroup accumulates, rows x weights; of a gated product half the columns are gates.
-      split: what the two warpgroups divide, "rows" or "columns".
+      split: "rows": two warpgroups divide these, and each of CUDA's blocks takes its share of the tiles one after the
+        other. Or "tiles": one warpgroup, and a block for each tile, two at once on a multiprocessor, as they come.
       steps: loads in flight.
       band: column tiles that are walked together, for the second-level cache.
     """
@@ -62,7 +63,7 @@ def grouped_product(
       live: how many blocks there are; rows of no block come back undefined.
       shared: the weights of further experts E, E + 1, ... side by side: [1 or 2, n N, K] or [1 or 2, N, n K].
       scales: of rows and weights that are both fp8, what sums are multiplied by; then none are shared.
-      turned: the weights are [E, 1, K, N] and not transposed; of bfloat16 split by rows, none of them shared.
+      turned: the weights are [E, 1, K, N] and not transposed; of bfloat16, none of them shared.
       adapter: further rows and weights, turned [E, 1, R, N], whose product joins the same sums: of bfloat16, none of
         the weights shared.
       interpret: parameters of Pallas' interpreter for tests.
@@ -77,16 +78,17 @@ def grouped_product(
     if turned:
         outputs = weight.shape[3]
     width = tiling.columns // gates  # of the output, per warpgroup
-    across = 2 if tiling.split == "columns" else 1  # warpgroups side by side
     block, step_inner = tiling.block, contracted(rows.dtype)
+    multiplying = block // tiling.rows  # warpgroups
     dtype = rows.dtype if scales is None else jnp.bfloat16
     rank = 0 if adapter is None else adapter[0].shape[1]
-    ragged = outputs % (width * across) or width % _EPILOGUE or inner % step_inner or rank % step_inner
+    ragged = outputs % width or width % _EPILOGUE or inner % step_inner or rank % step_inner
     if ragged or inner // step_inner < tiling.steps:
         raise ValueError(f"{tiling} does not divide rows {rows.shape}, weights {weight.shape} and a rank of {rank}")
     sizes = [0, *(size for size in _LOADED_ROWS if size < block), block]
-    column_tiles, own_turns = outputs // (width * across), inner // step_inner
+    column_tiles, own_turns = outputs // width, inner // step_inner
     turns = own_turns + rank // step_inner
+    running = len(blocks) * column_tiles if multiplying == 1 else _SMS  # CUDA's blocks
     beside = (outputs, 0) if shared is None or shared.shape[2] == inner else (0, inner)  # from one expert to the next
 
     def tile_of(index, live):
@@ -94,7 +96,8 @@ def grouped_product(
 
     def load(refs, live, a, b, full, free):
         blocks_ref, rows_ref, weight_ref, shared_ref, adapter_refs = refs
-        plgpu.set_max_registers(40, action="decrease")
+        if multiplying == 2:
+            plgpu.set_max_registers(40, action="decrease")
 
         @plgpu.nd_loop((live * column_tiles,), collective_axes="sm")
         def _(info):
@@ -112,12 +115,12 @@ def grouped_product(
                     plgpu.barrier_wait(free.at[slot])
 
                 def load_weights(weight_ref, turn, part):
-                    first = (column_tile * across + part // gates) * width
+                    first = column_tile * width
                     target = None if turned else b.at[slot, pl.ds(part * width, width)]
 
                     def load_chosen():
                         window = pl.ds(first, width), pl.ds(turn * step_inner, step_inner)
-                        plgpu.copy_gmem_to_smem(weight_ref.at[chosen, part % gates, *window], target, full.at[slot])
+                        plgpu.copy_gmem_to_smem(weight_ref.at[chosen, part, *window], target, full.at[slot])
 
                     def load_turned():
                         window = pl.ds(turn * step_inner, step_inner), pl.ds(first, width)
@@ -126,7 +129,7 @@ def grouped_product(
                     def load_shared():
                         down, right = ((chosen - experts) * size for size in beside)
                         window = pl.ds(down + first, width), pl.ds(right + turn * step_inner, step_inner)
-                        plgpu.copy_gmem_to_smem(shared_ref.at[part % gates, *window], target, full.at[slot])
+                        plgpu.copy_gmem_to_smem(shared_ref.at[part, *window], target, full.at[slot])
 
                     if turned:
                         load_turned()
@@ -137,7 +140,7 @@ def grouped_product(
                         pl.when(chosen >= experts)(load_shared)
 
                 def load_turn(rows_ref, weight_ref, turn):
-                    for part in range(across * gates):
+                    for part in range(gates):
                         load_weights(weight_ref, turn, part)
 
                     def load_rows(size):
@@ -154,7 +157,7 @@ def grouped_product(
                     pl.when(turn < own_turns)(lambda: load_turn(rows_ref, weight_ref, turn))
                     pl.when(turn >= own_turns)(lambda: load_turn(*adapter_refs, turn - own_turns))
 
-        mine = lax.div(live * column_tiles + _SMS - 1 - lax.axis_index("sm"), _SMS) * turns
+        mine = lax.div(live * column_tiles + running - 1 - lax.axis_index("sm"), running) * turns
 
         @pl.loop(jnp.maximum(mine - tiling.steps, 0), mine)
         def _(step):
@@ -162,13 +165,12 @@ def grouped_product(
 
     def multiply(blocks_ref, scales_refs, out_ref, live, a, b, out, full, free):
         group = lax.axis_index("wg")
-        plgpu.set_max_registers(232, action="increase")
-        down = group if tiling.split == "rows" else 0
-        right = group if tiling.split == "columns" else 0
+        if multiplying == 2:
+            plgpu.set_max_registers(232, action="increase")
 
         def scaled(part, gate, row_tile, column):
             """Multiply a gate's or an up's sums by the scales of its rows and weights."""
-            of_rows = scales_refs[0].at[pl.ds(blocks_ref[row_tile, 1] + down * tiling.rows, tiling.rows)]
+            of_rows = scales_refs[0].at[pl.ds(blocks_ref[row_tile, 1] + group * tiling.rows, tiling.rows)]
             of_weights = scales_refs[1].at[blocks_ref[row_tile, 0], gate, pl.ds(column, width)]
             for axis, ref in enumerate((of_rows, of_weights)):
                 factor = plgpu.layout_cast(plgpu.load(ref, optimized=False), plgpu.Layout.WGMMA.reduce(1 - axis))
@@ -185,11 +187,11 @@ def grouped_product(
                     step = info.local_index * turns + turn
                     slot = lax.rem(step, tiling.steps)
                     plgpu.barrier_wait(full.at[slot])
-                    left = a.at[slot, pl.ds(down * tiling.rows, tiling.rows)]
+                    left = a.at[slot, pl.ds(group * tiling.rows, tiling.rows)]
                     if turned:
                         other = b.at[slot]
                     else:
-                        other = b.at[slot, pl.ds(right * tiling.columns, tiling.columns)].transpose((1, 0))
+                        other = b.at[slot].transpose((1, 0))
                     plgpu.wgmma(total, left, other)
                     plgpu.wgmma_wait(1)  # the one before this is done with its buffers
 
@@ -204,8 +206,7 @@ def grouped_product(
             y = pl.run_scoped(accumulate, plgpu.ACC((tiling.rows, tiling.columns)))
             parts = [y[:, gate * width : (gate + 1) * width] for gate in range(gates)]
             if scales is not None:
-                column = (column_tile * across + right) * width
-                parts = [scaled(part, gate, row_tile, column) for gate, part in enumerate(parts)]
+                parts = [scaled(part, gate, row_tile, column_tile * width) for gate, part in enumerate(parts)]
             y = parts[0]
             if gates == 2:
                 y = y / (1 + jnp.exp(-y)) * parts[1]
@@ -219,10 +220,10 @@ def grouped_product(
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 out[group, buffer] = y[i : i + _EPILOGUE, j : j + _EPILOGUE]
                 plgpu.commit_smem()
-                i += down * tiling.rows
+                i += group * tiling.rows
 
                 def store(at, size, i=i, j=j, buffer=buffer):
-                    columns = pl.ds((column_tile * across + right) * width + j, _EPILOGUE)
+                    columns = pl.ds(column_tile * width + j, _EPILOGUE)
                     source = out.at[group, buffer, pl.ds(at, size)]
                     plgpu.copy_smem_to_gmem(
                         source, out_ref.at[pl.ds(first_row + i + at, size), columns], commit_group=False
@@ -250,20 +251,20 @@ def grouped_product(
             return plgpu.TilingTransform((8, size)), plgpu.SwizzleTransform(_BYTES)
 
         loaded = swizzled(step_inner)  # for 2 bytes, also of turned weights
-        weight_tile = (step_inner, tiling.columns) if turned else (across * tiling.columns, step_inner)
+        weight_tile = (step_inner, tiling.columns) if turned else (tiling.columns, step_inner)
 
         @functools.partial(
             pl.run_scoped,
             a=plgpu.SMEM((tiling.steps, block, step_inner), rows.dtype, transforms=loaded),
             b=plgpu.SMEM((tiling.steps, *weight_tile), rows.dtype, transforms=loaded),
-            out=plgpu.SMEM((2, 2, _EPILOGUE, _EPILOGUE), dtype, transforms=swizzled(_EPILOGUE)),
-            full=plgpu.Barrier(num_arrivals=1 + across * gates, num_barriers=tiling.steps),
-            free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.steps),
+            out=plgpu.SMEM((multiplying, 2, _EPILOGUE, _EPILOGUE), dtype, transforms=swizzled(_EPILOGUE)),
+            full=plgpu.Barrier(num_arrivals=1 + gates, num_barriers=tiling.steps),
+            free=plgpu.Barrier(num_arrivals=multiplying, num_barriers=tiling.steps),
             collective_axes="wg",
         )
         def _(a, b, out, full, free):
             live = live_ref[0]
-            loads = lax.axis_index("wg") == 2
+            loads = lax.axis_index("wg") == multiplying
             refs = blocks_ref, rows_ref, weight_ref, shared_ref, adapter_refs
             pl.when(loads)(lambda: load(refs, live, a, b, full, free))
             pl.when(jnp.logical_not(loads))(
@@ -273,9 +274,9 @@ def grouped_product(
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((count, outputs), dtype),
-        grid=(_SMS,),
+        grid=(running,),
         grid_names=("sm",),
-        num_threads=3,
+        num_threads=multiplying + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
