@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.errors import UserError
@@ -12,6 +13,8 @@ from ernie_jax.sharding import Layout
 
 # The TPU kernels' page; 128 tokens of the 21B model are 256 KiB a layer.
 PAGE_SIZE = 128
+_GAPS = [256 << power for power in range(8)]  # bytes, from the least that is allocated to more than a step's counts
+_GAPS_OF_A_SIZE = 64
 _SCALE = jnp.dtype(jnp.float32)
 _PAGE_AXES = ("page", None, "kv_head", "head_dim")
 _SCALE_AXES = ("page", "kv_head", None)
@@ -90,6 +93,23 @@ def make_pages(config: ModelConfig, dtype: jnp.dtype, group_pages: int, page_siz
     shardings = [array.sharding for array in arrays]
     zeros = jax.jit(lambda: [jnp.zeros(array.shape, array.dtype) for array in arrays], out_shardings=shardings)
     return [structure.unflatten(zeros()) for _ in abstract]
+
+
+def leave_gaps(layout: Layout) -> list[jax.Array]:
+    """Leave gaps for small arrays in the memory of GPUs, between arrays that are returned and must live on.
+
+    An array gets the smallest free piece that holds it. Without gaps the small ones that some steps in flight hold lie
+    in front of a step's temporaries, another few after every step, so that these move; and when they move, the host
+    writes anew each kernel of the step's CUDA graph. For a single sequence that takes half as long as the step.
+    """
+    if layout.platform != "gpu":
+        return []
+    kept = []
+    for size in _GAPS:
+        pieces = [layout.put(np.zeros(size, np.uint8)) for _ in range(2 * _GAPS_OF_A_SIZE)]
+        jax.block_until_ready(pieces)
+        kept += pieces[::2]
+    return kept
 
 
 def default_group_tokens(config: ModelConfig, dtype: jnp.dtype, layout: Layout, most: int) -> int:

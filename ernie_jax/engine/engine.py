@@ -138,6 +138,7 @@ class Engine:
         )
         sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
         self._devices = Devices(self._step, sampler, functools.partial(cache.make_pages, *sizes, layout))
+        self._between_gaps = cache.leave_gaps(layout)
         self._seeds = random.Random(distributed.broadcast(secrets.randbits(63)))
         self._sequences: dict[int, _Sequence] = {}
         self._in_flight: deque[_InFlight] = deque()

@@ -214,10 +214,10 @@ class DeviceStep:
                 hidden = shard.sum(window.spread(hidden, tokens), "group")
             return hidden
 
-        def sharded(function, inputs, output, options=None):
+        def sharded(function, inputs, output, options=None, donated=(1,)):
             """Wrap in shard_map; what comes out is the output with the new load, and the pages."""
 
-            @functools.partial(jax.jit, static_argnames="shape", donate_argnames="pages", compiler_options=options)
+            @functools.partial(jax.jit, static_argnames="shape", donate_argnums=donated, compiler_options=options)
             def call(leaves, pages, load, *args, shape):
                 with compiling_for(layout.capability):
                     return jax.shard_map(
@@ -232,7 +232,7 @@ class DeviceStep:
 
         group, load_spec = layout.spec(_BATCH_AXES), layout.spec(self._own_axes)
         output = StepOutput(layout.spec((None, "vocab")), everywhere, group, load_spec)
-        self._decode = sharded(forward, (everywhere, group), output)
+        self._decode = sharded(forward, (everywhere, group), output, donated=(1, 4))  # the step, to that which follows
         self._prompt = sharded(forward, (everywhere, group), output, _PROMPT_OPTIONS if platform == "gpu" else None)
         self._score = sharded(score, (group, everywhere), everywhere)
         here = layout.sharding()
@@ -270,7 +270,7 @@ class DeviceStep:
         """Run a step that was placed, or that follows another.
 
         Returns:
-          A StepOutput and the pages; those given are donated.
+          A StepOutput and the pages; those given are donated, and of a decode step `packed` too.
         """
         run = self._forward(shape)
         (out, self.load), pages = run(self._leaves, pages, self.load, last_tokens, packed, shape=shape)

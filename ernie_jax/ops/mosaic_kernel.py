@@ -188,11 +188,8 @@ def grouped_product(
                     slot = lax.rem(step, tiling.steps)
                     plgpu.barrier_wait(full.at[slot])
                     left = a.at[slot, pl.ds(group * tiling.rows, tiling.rows)]
-                    if turned:
-                        other = b.at[slot]
-                    else:
-                        other = b.at[slot].transpose((1, 0))
-                    plgpu.wgmma(total, left, other)
+                    right = b.at[slot] if turned else b.at[slot].transpose((1, 0))
+                    plgpu.wgmma(total, left, right)
                     plgpu.wgmma_wait(1)  # the one before this is done with its buffers
 
                     @pl.when(turn > 0)
