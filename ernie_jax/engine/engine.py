@@ -1,8 +1,8 @@
 """Engine: sequences in, tokens out, with the device always at least one step ahead of the host.
 
 The host decides a step from what it knows without waiting (lengths, pages, budgets), dispatches it, and reads the
-tokens of an earlier one. A sequence that turns out to have stopped has by then a surplus token or two in flight, which
-are dropped.
+tokens of an earlier one. A sequence that turns out to have stopped has by then some surplus tokens in flight, which are
+dropped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ from ernie_jax.errors import UserError
 from ernie_jax.model import Ernie
 from ernie_jax.sharding import PRESETS, Layout
 
-_STEPS_AHEAD = 2
+# Steps that are dispatched before the first of them is waited for: more where they are short, as the host pauses at
+# times for longer than one of these takes.
+_STEPS_AHEAD, _STEPS_AHEAD_OF_FEW = 2, 4
+_FEW = 8  # sequences
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -301,7 +304,9 @@ class Engine:
         events = self._set_sampler(plan.admitted)
         more, dispatched = self._dispatch(plan)
         events += more
-        if len(self._in_flight) > _STEPS_AHEAD or (self._in_flight and not dispatched):
+        few = len(plan.decode) <= _FEW and not plan.chunks
+        most = (_STEPS_AHEAD_OF_FEW if few else _STEPS_AHEAD) if dispatched else len(self._in_flight) - 1
+        while self._in_flight and len(self._in_flight) > most:
             events += self._collect()
         return events
 
