@@ -1,4 +1,5 @@
-"""Draw measurements of `main.py bench --json` as an SVG: of each case, what part of the floor each series reaches.
+"""Draw measurements of `main.py bench --json` as an SVG: a decode step's time over the batch, with the floor; of
+prefill, or of decode at several contexts (`--kind=shares`), what part of the floor each series reaches.
 
     python -m benchmarks.plot --series='ernie_jax=bench.json,another=peer.json' --output=docs/decode.svg
 
@@ -10,16 +11,19 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import pathlib
 
 from absl import app, flags
 
 _SERIES = flags.DEFINE_list("series", None, "NAME=FILE pairs", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "the SVG to write", required=True)
-_KIND = flags.DEFINE_enum("kind", "decode", ["decode", "prefill"], "which rows")
+_KIND = flags.DEFINE_enum("kind", "decode", ["decode", "shares", "prefill"], "which drawing")
 
-_HEIGHT, _MARGIN, _TOP, _BAR, _GAP = 360, 48, 56, 44, 28
+_WIDTH, _HEIGHT, _MARGIN, _TOP, _BAR, _GAP = 640, 360, 48, 56, 44, 28
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+
+Rows = dict[tuple[int, int], dict]  # by batch and context
 
 
 def main(_) -> None:
@@ -27,33 +31,58 @@ def main(_) -> None:
     for pair in _SERIES.value:
         name, _, file = pair.partition("=")
         rows = json.loads(pathlib.Path(file).read_text())["rows"]
-        series[name] = {(row["batch"], row["context"]): row for row in rows if row["kind"] == _KIND.value}
-    pathlib.Path(_OUTPUT.value).write_text(draw(_KIND.value, series))
+        kind = "prefill" if _KIND.value == "prefill" else "decode"
+        series[name] = {(row["batch"], row["context"]): row for row in rows if row["kind"] == kind}
+    draw = draw_steps if _KIND.value == "decode" else draw_shares
+    pathlib.Path(_OUTPUT.value).write_text(draw(series))
 
 
-def draw(kind: str, series: dict[str, dict[tuple[int, int], dict]]) -> str:
-    """Return the SVG: a group of bars for each case that the first series has measured.
+def draw_steps(series: dict[str, Rows]) -> str:
+    """Return the SVG: a line a series, milliseconds of a step over the batch, and the first one's floor.
 
-    Args:
-      series: by name, rows of one kind by (batch, context).
+    Of each series those rows that have the first one's shortest context.
     """
+    first = {case: row for case, row in next(iter(series.values())).items() if "seconds" in row}
+    context = min(context for _, context in first)
+    lines = {
+        name: {batch: _seconds(row) for (batch, of), row in sorted(rows.items()) if of == context and _seconds(row)}
+        for name, rows in series.items()
+    }
+    floors = {batch: row["floor_seconds"] for (batch, of), row in sorted(first.items()) if of == context}
+    batches = sorted({batch for line in lines.values() for batch in line})
+    most = 1.1e3 * max(seconds for line in lines.values() for seconds in line.values())
+    scale = math.log2(max(batches)) or 1
+
+    def place(batch: int, seconds: float) -> str:
+        x = _MARGIN + (_WIDTH - 2 * _MARGIN) * math.log2(batch) / scale
+        return f"{x:.1f},{_y(seconds * 1e3 / most):.1f}"
+
+    parts = _begin(_WIDTH, f"milliseconds of a decode step over the batch, {context} tokens of context", series)
+    step = next(step for step in (0.01, 0.1, 1, 5, 10, 50, 100, 1000, math.inf) if most / step <= 8)
+    for at in range(int(most / step) + 1):
+        parts += _line_across(_WIDTH, at * step / most, f"{at * step:g}")
+    for batch in batches:
+        parts.append(_text(float(place(batch, 0).split(",")[0]), _HEIGHT - _MARGIN + 16, str(batch), "middle"))
+    drawn = [(floors, "#444", ' stroke-dasharray="4 3"')]
+    drawn += [(line, _COLOURS[index % len(_COLOURS)], "") for index, line in enumerate(lines.values())]
+    for line, colour, dashes in drawn:
+        points = " ".join(place(*point) for point in line.items())
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"{dashes}/>')
+    x, y = (float(part) for part in place(*list(floors.items())[-1]).split(","))
+    parts.append(_text(x, y + 14, "floor", "end"))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def draw_shares(series: dict[str, Rows]) -> str:
+    """Return the SVG: a group of bars for each case that the first series has measured."""
     first = next(iter(series.values()))
     measured = {case: row for case, row in first.items() if "seconds" in row}
     bars = {case: _bars(row, series, case) for case, row in measured.items()}
     width = 2 * _MARGIN + sum(_BAR * len(found) + _GAP for found in bars.values())
-    style = 'font-family="sans-serif" font-size="11"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{_HEIGHT}" {style}>',
-        '<rect width="100%" height="100%" fill="#fff"/>',
-        _text(_MARGIN, 18, f"{kind}: part of the floor (the least bytes or operations at the machine's own rates), "
-              "tokens/s above", "start"),
-    ]  # fmt: skip
-    for index, name in enumerate(series):
-        parts.append(_text(_MARGIN + 130 * index, 36, html.escape(name), "start", _COLOURS[index % len(_COLOURS)]))
+    title = "part of the floor (the least bytes or operations at the machine's own rates), tokens/s above"
+    parts = _begin(width, title, series)
     for percent in range(0, 101, 25):
-        y = _y(percent / 100)
-        parts.append(f'<polyline points="{_MARGIN},{y:.1f} {width - _MARGIN},{y:.1f}" fill="none" stroke="#ddd"/>')
-        parts.append(_text(_MARGIN - 6, y + 4, f"{percent} %", "end"))
+        parts += _line_across(width, percent / 100, f"{percent} %")
     x = _MARGIN + _GAP / 2
     for (batch, context), found in bars.items():
         parts.append(_text(x + _BAR * len(found) / 2, _HEIGHT - _MARGIN + 16, f"{batch} x {context:,}", "middle"))
@@ -69,7 +98,13 @@ def draw(kind: str, series: dict[str, dict[tuple[int, int], dict]]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _bars(row: dict, series: dict, case: tuple[int, int]) -> list[tuple[int, float, float]]:
+def _seconds(row: dict) -> float | None:
+    """Return a step's seconds, of a peer from its rate; None of a case that failed."""
+    rate = row.get("tokens_per_second")
+    return row.get("seconds", row["batch"] / rate if rate else None)
+
+
+def _bars(row: dict, series: dict[str, Rows], case: tuple[int, int]) -> list[tuple[int, float, float]]:
     """Return (index of the series, tokens/s, part of the floor) of each series that has the case."""
     best = row["tokens_per_second"] / row["of_floor"]
     found = []
@@ -77,6 +112,24 @@ def _bars(row: dict, series: dict, case: tuple[int, int]) -> list[tuple[int, flo
         if rate := rows.get(case, {}).get("tokens_per_second"):
             found.append((index, rate, rows[case].get("of_floor", rate / best)))
     return found
+
+
+def _begin(width: float, title: str, names: dict[str, Rows]) -> list[str]:
+    style = 'font-family="sans-serif" font-size="11"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{_HEIGHT}" {style}>',
+        '<rect width="100%" height="100%" fill="#fff"/>',
+        _text(_MARGIN, 18, title, "start"),
+    ]
+    for index, name in enumerate(names):
+        parts.append(_text(_MARGIN + 130 * index, 36, html.escape(name), "start", _COLOURS[index % len(_COLOURS)]))
+    return parts
+
+
+def _line_across(width: float, part: float, label: str) -> list[str]:
+    y = _y(part)
+    line = f'<polyline points="{_MARGIN},{y:.1f} {width - _MARGIN},{y:.1f}" fill="none" stroke="#ddd"/>'
+    return [line, _text(_MARGIN - 6, y + 4, label, "end")]
 
 
 def _y(part: float) -> float:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import xml.etree.ElementTree
 
 import jax
@@ -272,14 +273,34 @@ def test_the_machine_is_measured():
     assert 0 < process_age() < 1e5
 
 
-def test_a_plot_is_drawn():
+def texts_of(drawn):
+    root = xml.etree.ElementTree.fromstring(drawn)
+    return root, [element.text for element in root.iter() if element.tag.endswith("text")]
+
+
+def test_steps_are_drawn_over_the_batch():
+    plot = importlib.import_module("benchmarks.plot")
+
+    def row(batch, seconds):
+        return {"batch": batch, "seconds": seconds, "floor_seconds": seconds / 2, "tokens_per_second": batch / seconds}
+
+    ours = {(1, 128): row(1, 0.004), (8, 128): row(8, 0.01), (1, 32768): row(1, 0.1)}
+    theirs = {(8, 128): {"batch": 8, "tokens_per_second": 400}, (64, 128): {"batch": 64, "problem": "failed"}}
+    root, texts = texts_of(plot.draw_steps({"ours": ours, "theirs": theirs}))
+    assert {"1", "8", "ours", "theirs", "floor", "20"} <= set(texts) and "64" not in texts
+    lines = [element for element in root.iter() if element.tag.endswith("polyline") and element.get("stroke") != "#ddd"]
+    floor, ours, theirs = ([float(y) for y in re.findall(r",([\d.]+)", line.get("points"))] for line in lines)
+    bottom = 360 - 48
+    assert [bottom - y for y in ours] == pytest.approx([2 * (bottom - y) for y in floor], abs=0.3)
+    assert bottom - theirs[0] == pytest.approx(2 * (bottom - ours[1]), abs=0.3)
+
+
+def test_shares_are_drawn():
     plot = importlib.import_module("benchmarks.plot")
     row = {"seconds": 0.004, "tokens_per_second": 250.0, "of_floor": 0.5}
     ours = {(1, 128): row, (8, 128): {"problem": "failed"}}
     series = {"ours": ours, "theirs": {(1, 128): {"tokens_per_second": 375}}}
-    drawn = plot.draw("decode", series)
-    root = xml.etree.ElementTree.fromstring(drawn)
-    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    root, texts = texts_of(plot.draw_shares(series))
     assert {"250", "375", "1 x 128", "ours", "theirs"} <= set(texts) and "8 x 128" not in texts
     _, *bars = (element for element in root.iter() if element.tag.endswith("rect"))
     heights = [float(bar.get("height")) for bar in bars]
