@@ -42,7 +42,7 @@ from ernie_jax.sharding import PRESETS, Layout
 # Steps that are dispatched before the first of them is waited for: more where they are short, as the host pauses at
 # times for longer than one of these takes.
 _STEPS_AHEAD, _STEPS_AHEAD_OF_FEW = 2, 4
-_FEW = 8  # sequences
+_FEW = 4  # sequences
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
