@@ -169,8 +169,8 @@ class RecordingStep:
         return getattr(self._step, name)
 
     def forward(self, pages, last_tokens, packed, shape):
+        batch = unpack(np.array(packed)[0], shape).batch(shape)  # a copy: the step donates it
         outputs, pages = self._step.forward(pages, last_tokens, packed, shape)
-        batch = unpack(np.asarray(packed)[0], shape).batch(shape)
         rows = np.flatnonzero(batch.kv_lengths)
         for row, values in zip(rows, np.asarray(outputs.logits), strict=False):
             place = int(batch.page_table[row, 0]), int(batch.kv_lengths[row] - 1)
