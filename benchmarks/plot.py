@@ -10,6 +10,7 @@ is enough, and is held against the floors of the first series: they must come fr
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 import pathlib
@@ -53,22 +54,21 @@ def draw_steps(series: dict[str, Rows]) -> str:
     most = 1.1e3 * max(seconds for line in lines.values() for seconds in line.values())
     scale = math.log2(max(batches)) or 1
 
-    def place(batch: int, seconds: float) -> str:
-        x = _MARGIN + (_WIDTH - 2 * _MARGIN) * math.log2(batch) / scale
-        return f"{x:.1f},{_y(seconds * 1e3 / most):.1f}"
+    def place(batch: int, seconds: float) -> tuple[float, float]:
+        return _MARGIN + (_WIDTH - 2 * _MARGIN) * math.log2(batch) / scale, _y(seconds * 1e3 / most)
 
     parts = _begin(_WIDTH, f"milliseconds of a decode step over the batch, {context} tokens of context", series)
-    step = next(step for step in (0.01, 0.1, 1, 5, 10, 50, 100, 1000, math.inf) if most / step <= 8)
+    step = 10.0 ** math.ceil(math.log10(most / 8)) / 2
     for at in range(int(most / step) + 1):
         parts += _line_across(_WIDTH, at * step / most, f"{at * step:g}")
     for batch in batches:
-        parts.append(_text(float(place(batch, 0).split(",")[0]), _HEIGHT - _MARGIN + 16, str(batch), "middle"))
+        parts.append(_text(place(batch, 0)[0], _HEIGHT - _MARGIN + 16, str(batch), "middle"))
     drawn = [(floors, "#444", ' stroke-dasharray="4 3"')]
     drawn += [(line, _COLOURS[index % len(_COLOURS)], "") for index, line in enumerate(lines.values())]
     for line, colour, dashes in drawn:
-        points = " ".join(place(*point) for point in line.items())
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in itertools.starmap(place, line.items()))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"{dashes}/>')
-    x, y = (float(part) for part in place(*list(floors.items())[-1]).split(","))
+    x, y = place(*max(floors.items()))
     parts.append(_text(x, y + 14, "floor", "end"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 

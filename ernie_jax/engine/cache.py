@@ -13,8 +13,9 @@ from ernie_jax.sharding import Layout
 
 # The TPU kernels' page; 128 tokens of the 21B model are 256 KiB a layer.
 PAGE_SIZE = 128
-_GAPS = [256 << power for power in range(8)]  # bytes, from the least that is allocated to more than a step's counts
-_GAPS_OF_A_SIZE = 64
+# Bytes, from the least that is allocated to more than a step's counts of experts; and more gaps of each size than steps
+# in flight hold arrays.
+_GAPS, _GAPS_OF_A_SIZE = [256 << power for power in range(8)], 64
 _SCALE = jnp.dtype(jnp.float32)
 _PAGE_AXES = ("page", None, "kv_head", "head_dim")
 _SCALE_AXES = ("page", "kv_head", None)

@@ -141,7 +141,7 @@ class Engine:
         )
         sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
         self._devices = Devices(self._step, sampler, functools.partial(cache.make_pages, *sizes, layout))
-        self._between_gaps = cache.leave_gaps(layout)
+        self._between_gaps = cache.leave_gaps(layout)  # only to live as long as this
         self._seeds = random.Random(distributed.broadcast(secrets.randbits(63)))
         self._sequences: dict[int, _Sequence] = {}
         self._in_flight: deque[_InFlight] = deque()
@@ -305,8 +305,10 @@ class Engine:
         more, dispatched = self._dispatch(plan)
         events += more
         few = len(plan.decode) <= _FEW and not plan.chunks
-        most = (_STEPS_AHEAD_OF_FEW if few else _STEPS_AHEAD) if dispatched else len(self._in_flight) - 1
-        while self._in_flight and len(self._in_flight) > most:
+        most = _STEPS_AHEAD_OF_FEW if few else _STEPS_AHEAD
+        if not dispatched:
+            most = max(len(self._in_flight) - 1, 0)
+        while len(self._in_flight) > most:
             events += self._collect()
         return events
 
