@@ -88,12 +88,12 @@ def main() -> None:
         if tokens <= 16:
             rows.append((f"experts+shared cuda {tokens}", time_experts, (tokens, "cuda", True)))
         if tokens >= 2:
-            rows.append((f"experts+shared mosaic {tokens}", time_experts, (tokens, "mosaic", True)))
+            rows.append((f"experts mosaic {tokens}", time_experts, (tokens, "mosaic", False)))
         if tokens >= 32:
             rows.append((f"experts dense {tokens}", time_experts, (tokens, "dense", False)))
-    for tokens in (1, 8, 16):
+    for tokens in (1, 8, 16, 64, 128, 256):
         for name, inner, outer in (("qkv", D, 3584), ("o", D, D), ("dense down", 12288, D), ("head", D, VOCAB)):
-            for backend in ("cuda", "xla"):
+            for backend in ("cuda" if tokens <= 16 else "mosaic", "xla"):
                 rows.append((f"linear {name} {backend} {tokens}", time_linear, (tokens, inner, outer, backend)))
     for name, measure, arguments in rows:
         if wanted not in name:

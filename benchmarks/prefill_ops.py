@@ -24,7 +24,7 @@ import numpy as np
 from ernie_jax.ops import ATTENTION_BACKENDS, RaggedBatch, prefill_attention
 from ernie_jax.ops.mosaic import Tiles, by_mosaic
 
-D, F, E, TOP, SHARED, KV, GROUP, HEAD, PAGE = 2560, 1536, 64, 6, 3072, 4, 5, 128, 128
+D, F, E, TOP, KV, GROUP, HEAD, PAGE = 2560, 1536, 64, 6, 4, 5, 128, 128
 BOUND = 6e-3  # bfloat16 in and out, hidden values rounded up to four times
 LIMITS = {"experts": 150, "attention": 180, "sweep": 240}  # seconds
 
@@ -99,21 +99,14 @@ def pair_flops(pairs: int, rows: int, inner: int) -> float:
     return 2.0 * pairs * rows * inner
 
 
-@functools.cache
-def shared_weights():
-    return normal(4, (2, SHARED, D), D**-0.5), normal(5, (D, SHARED), SHARED**-0.5)
-
-
 def experts():
-    print("experts, all of the backend: sort, products, weighted sum; up to 512 tokens with the shared ones")
+    print("experts, all of the backend: sort, products, weighted sum")
 
     @guarded
     def row(tokens):
         layers = 4 if tokens <= 512 else 1  # so many that no weight is still in the cache
-        along = tokens <= 512
         x, chosen, weights = draw(tokens)
         gate_up, down = expert_weights()
-        shared = shared_weights() if along else None
         run = jax.jit(functools.partial(by_mosaic, first_expert=0))
         arguments = x, chosen, weights, gate_up, down
         out = run(*arguments)
@@ -122,15 +115,15 @@ def experts():
         fresh = [(gate_up, down)] + [(gate_up + 0, down + 0) for _ in range(layers - 1)]
 
         @jax.jit
-        def all_layers(x, chosen, weights, fresh, shared):
+        def all_layers(x, chosen, weights, fresh):
             for _ in range(5):
                 for pair in fresh:
-                    x = x + 0 * by_mosaic(x, chosen, weights, *pair, 0, shared)
+                    x = x + 0 * by_mosaic(x, chosen, weights, *pair, 0)
             return x
 
-        spent = seconds(lambda: all_layers(x, chosen, weights, fresh, shared), inner=2) / (5 * layers)
-        flops = pair_flops(tokens * TOP, 3 * F, D) + along * pair_flops(tokens, 3 * SHARED, D)
-        read = 6.0 * F * D * len(np.unique(np.asarray(chosen))) + along * 6 * SHARED * D
+        spent = seconds(lambda: all_layers(x, chosen, weights, fresh), inner=2) / (5 * layers)
+        flops = pair_flops(tokens * TOP, 3 * F, D)
+        read = 6.0 * F * D * len(np.unique(np.asarray(chosen)))
         return (
             f"  {tokens:6} tokens {spent * 1e6:8.1f} us {flops / spent / 1e12:6.0f} TFLOP/s "
             f"{read / spent / 1e12:5.2f} TB/s {verdict(error)}"

@@ -35,6 +35,8 @@ _GROUP_AXES = ("group", None, None, None)
 # Of steps with prompts, on GPUs. Recording a graph of them takes the host longer than launching their kernels one by
 # one, 8 ms of a prefill of 8,192 tokens by the 21B model on an H100, and most of their compiling went to Triton's
 # products, built and timed beside those of cuBLAS.
+# Of decode steps: in a graph, kernels that do not need one another run side by side, as router and shared experts do.
+_DECODE_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 _PROMPT_OPTIONS = {"xla_gpu_graph_min_graph_size": 1 << 30, "xla_gpu_enable_triton_gemm": False}
 
 
@@ -232,8 +234,10 @@ class DeviceStep:
 
         group, load_spec = layout.spec(_BATCH_AXES), layout.spec(self._own_axes)
         output = StepOutput(layout.spec((None, "vocab")), everywhere, group, load_spec)
-        self._decode = sharded(forward, (everywhere, group), output, donated=(1, 4))  # the step, to that which follows
-        self._prompt = sharded(forward, (everywhere, group), output, _PROMPT_OPTIONS if platform == "gpu" else None)
+        of_decode, of_prompts = (_DECODE_OPTIONS, _PROMPT_OPTIONS) if platform == "gpu" else (None, None)
+        # The integers of a step are donated to those of the step that follows.
+        self._decode = sharded(forward, (everywhere, group), output, of_decode, donated=(1, 4))
+        self._prompt = sharded(forward, (everywhere, group), output, of_prompts)
         self._score = sharded(score, (group, everywhere), everywhere)
         here = layout.sharding()
         self._logits = jax.jit(

@@ -25,6 +25,7 @@ constexpr int kHeld = 5;                  // vectors of a row that a thread hold
 constexpr int kFew = 512;                 // tokens of which each has a CUDA block of its own
 constexpr int kSumThreads = 128;
 constexpr int kTogether = 8;              // rows in flight for a sum
+constexpr int kAddends = 2;               // rows more that a sum has at most
 
 struct Here {
   int first, tokens;  // the first expert that is here, and how many tokens there are: those behind go nowhere
@@ -209,10 +210,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// out[t] = sum of weight * rows[place] over t's pairs that are here, in float32; shared experts weigh 1.
+struct Addends {
+  const bf16* of[kAddends];  // each [T, width], or null
+};
+
+// out[t] = sum of weight * rows[place] over t's pairs that are here, and of the addends, in float32; shared experts
+// weigh 1.
 __global__ void __launch_bounds__(kSumThreads)
     combine_kernel(const bf16* __restrict__ rows, const int* __restrict__ place_of, Pairs pairs,
-                   const bf16* __restrict__ weights, bf16* __restrict__ out, int width) {
+                   const bf16* __restrict__ weights, Addends addends, bf16* __restrict__ out, int width) {
   const int column = (blockIdx.x * kSumThreads + threadIdx.x) * 8, slots = pairs.slots();
   const int t = blockIdx.y, lane = threadIdx.x % 32;
   // Of the slot of each lane. Nothing here waits for another: places of pairs that are not here are read in vain.
@@ -222,6 +228,19 @@ __global__ void __launch_bounds__(kSumThreads)
   const float weight = lane < pairs.k ? __bfloat162float(weights[t * pairs.k + lane]) : 1.0f;
   const int place = pairs.expert(here, t, lane, id) < 0 ? -1 : found;
   float sum[8] = {};
+  const auto add = [&](const uint4& row, float scale) {
+    const uint32_t words[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum[2 * i] += scale * __uint_as_float(words[i] << 16);
+      sum[2 * i + 1] += scale * __uint_as_float(words[i] & 0xffff0000u);
+    }
+  };
+  uint4 more[kAddends];
+#pragma unroll
+  for (int i = 0; i < kAddends; ++i)
+    if (addends.of[i] && column < width)
+      more[i] = __ldg(reinterpret_cast<const uint4*>(addends.of[i] + (int64_t)t * width + column));
   for (int first = 0; first < slots; first += kTogether) {
     uint4 row[kTogether];
     int from[kTogether];
@@ -234,16 +253,13 @@ __global__ void __launch_bounds__(kSumThreads)
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
       const float scale = __shfl_sync(~0u, weight, first + j);
-      if (from[j] < 0) continue;
-      const uint32_t words[4] = {row[j].x, row[j].y, row[j].z, row[j].w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum[2 * i] += scale * __uint_as_float(words[i] << 16);
-        sum[2 * i + 1] += scale * __uint_as_float(words[i] & 0xffff0000u);
-      }
+      if (from[j] >= 0) add(row[j], scale);
     }
   }
   if (column >= width) return;
+#pragma unroll
+  for (int i = 0; i < kAddends; ++i)
+    if (addends.of[i]) add(more[i], 1);
   auto* to = reinterpret_cast<uint4*>(out + (int64_t)t * width + column);
   *to = make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
 }
@@ -272,16 +288,19 @@ ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer factors, f
   return launch_status("sort pairs");
 }
 
-ffi::Error combine(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer place, ffi::AnyBuffer chosen,
-                   ffi::AnyBuffer here, ffi::AnyBuffer weights, ffi::Result<ffi::AnyBuffer> out, int64_t experts,
-                   int64_t shared) {
+// Of the addends one without rows is none. They come first: XLA orders kernels, and has their memory used again, by that.
+ffi::Error combine(cudaStream_t stream, ffi::AnyBuffer first, ffi::AnyBuffer second, ffi::AnyBuffer rows,
+                   ffi::AnyBuffer place, ffi::AnyBuffer chosen, ffi::AnyBuffer here, ffi::AnyBuffer weights,
+                   ffi::Result<ffi::AnyBuffer> out, int64_t experts, int64_t shared) {
   const Pairs pairs{data<int>(chosen), data<int>(here), (int)chosen.dimensions()[0], (int)chosen.dimensions()[1],
                     (int)experts,      (int)shared};
   const int width = out->dimensions()[1];
   if (auto error = check(pairs, width * sizeof(bf16)); error.failure()) return error;
+  const auto addend = [](const ffi::AnyBuffer& of) { return of.dimensions()[0] ? data<bf16>(of) : nullptr; };
+  const Addends addends{addend(first), addend(second)};
   const dim3 grid((width / 8 + kSumThreads - 1) / kSumThreads, pairs.tokens);
   launch(stream, combine_kernel, {grid, kSumThreads}, data<bf16>(rows), data<int>(place), pairs,
-         data<bf16>(weights), data<bf16>(*out), width);
+         data<bf16>(weights), addends, data<bf16>(*out), width);
   return launch_status("combine pairs");
 }
 
@@ -309,6 +328,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_sort_pairs, ernie::sort,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_combine_pairs, ernie::combine,
                               ernie::ffi::Ffi::Bind()
                                   .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()

@@ -4,15 +4,16 @@
 namespace ernie {
 namespace {
 
-ffi::Error route(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::AnyBuffer bias,
+// Normalises x, where `norm` is not empty.
+ffi::Error route(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer weight, ffi::AnyBuffer bias,
                  ffi::Result<ffi::AnyBuffer> experts, ffi::Result<ffi::AnyBuffer> weights,
-                 ffi::Result<ffi::AnyBuffer> probabilities, ffi::Result<ffi::AnyBuffer> scratch, float norm_min,
-                 int64_t clusters) {
+                 ffi::Result<ffi::AnyBuffer> probabilities, ffi::Result<ffi::AnyBuffer> normalised,
+                 ffi::Result<ffi::AnyBuffer> scratch, float norm_min, float epsilon, int64_t clusters) {
   const router::Problem p = {data<bf16>(x),
-                     nullptr,
+                     norm.dimensions()[0] ? data<bf16>(norm) : nullptr,
                      data<float>(weight),
                      data<float>(bias),
-                     nullptr,
+                     data<bf16>(*normalised),
                      data<int>(*experts),
                      data<bf16>(*weights),
                      data<float>(*probabilities),
@@ -22,7 +23,7 @@ ffi::Error route(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, f
                      (int)weight.dimensions()[0],
                      (int)experts->dimensions()[1],
                      norm_min,
-                     0};
+                     epsilon};
   router::run(stream, p, clusters);
   return launch_status("router");
 }
@@ -36,10 +37,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_route, ernie::route,
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
                                   .Arg<ernie::ffi::AnyBuffer>()
+                                  .Arg<ernie::ffi::AnyBuffer>()
+                                  .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Ret<ernie::ffi::AnyBuffer>()
                                   .Attr<float>("norm_min")
+                                  .Attr<float>("epsilon")
                                   .Attr<int64_t>("clusters"),
                               {ernie::ffi::Traits::kCmdBufferCompatible});

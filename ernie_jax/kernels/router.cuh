@@ -37,8 +37,9 @@ struct Problem {
   float norm_min, epsilon;
 };
 
-__device__ __forceinline__ float4 load4(const bf16* p) {
-  const uint2 v = *reinterpret_cast<const uint2*>(p);
+__device__ __forceinline__ uint2 load4(const bf16* p) { return *reinterpret_cast<const uint2*>(p); }
+
+__device__ __forceinline__ float4 widen4(const uint2& v) {
   return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16),
                      __uint_as_float(v.y & 0xffff0000u));
 }
@@ -55,15 +56,21 @@ __device__ __forceinline__ void add_product(float& sum, const float4& a, const f
   sum = fmaf(a.w, b.w, sum);
 }
 
-// 1 / root mean square of a row, by a warp.
-__device__ float inverse_rms(const bf16* row, int width, float epsilon) {
-  float sum = 0;
-#pragma unroll 10
-  for (int i = threadIdx.x % 32 * 4; i < width; i += 128) {
-    const float4 v = load4(row + i);
-    add_product(sum, v, v);
-  }
-  return rsqrtf(sum_of_warp(sum) / width + epsilon);
+// 1 / root mean square of N rows, by a warp, all of whose loads are under way together.
+template <int N>
+__device__ __forceinline__ void inverse_rms(const bf16* const (&rows)[N], int width, float epsilon, float (&scale)[N]) {
+  float sum[N] = {};
+#pragma unroll(N == 1 ? 10 : 5)
+  for (int i = threadIdx.x % 32 * 8; i < width; i += 256)
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const uint4 v = *reinterpret_cast<const uint4*>(rows[n] + i);
+      const float4 low = widen4({v.x, v.y}), high = widen4({v.z, v.w});
+      add_product(sum[n], low, low);
+      add_product(sum[n], high, high);
+    }
+#pragma unroll
+  for (int n = 0; n < N; ++n) scale[n] = rsqrtf(sum_of_warp(sum[n]) / width + epsilon);
 }
 
 // Round where the model's RMSNorm does: before the product with the weight and after it.
@@ -86,7 +93,8 @@ __device__ __forceinline__ void partial_logits(const Problem& p, int split, int 
   // Lanes of a warp: 8 lines of experts, each lane with 8 of them, times 4 that share tokens or a place in D.
   constexpr int kGroups = M < 4 ? M : 4, kTokens = M / kGroups, kPlaces = 4 / kGroups;
   constexpr int kStep = kWarps * kPlaces, kSteps = (kPiece / 4 + kStep - 1) / kStep;
-  constexpr int kRows = (M + kWarps - 1) / kWarps;  // of x that a warp brings
+  constexpr int kRows = (M + kWarps - 1) / kWarps;    // of x that a warp brings
+  constexpr int kFours = (kPiece / 4 + 31) / 32;      // of each, that a lane does
   static_assert(kExperts == 64 && 8 * kWarps * M * kPartial <= 8 * kExperts * kStride);
   float* xs = shared;                // [M, kStride]
   float* ws = shared + M * kStride;  // [kExperts, kStride], then sums [kWarps, M, kPartial]
@@ -123,21 +131,38 @@ __device__ __forceinline__ void partial_logits(const Problem& p, int split, int 
         wait_for_previous();
         launch_next();  // not before, so that the next kernel may rely on this wait
       }
+      if (warp < M) {
+        // All that is read of x comes at once.
+        const bf16* rows[kRows];
+        uint2 values[kRows][kFours], weights[kFours];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int t = warp + kWarps * i;
-        if (t >= M) break;
-        const bool live = first + t < p.tokens;
-        const int64_t row = (int64_t)(first + t) * p.width;
-        if (start && live && p.norm) scale[i] = inverse_rms(p.x + row, p.width, p.epsilon);
-        for (int f = lane; f < fours; f += 32) {
-          const int d = base + 4 * f;
-          float4 v = live ? load4(p.x + row + d) : make_float4(0, 0, 0, 0);
-          if (live && p.norm) {
-            v = normalise(v, scale[i], load4(p.norm + d));
-            if (e0 == 0) store4(p.normalised + row + d, v);
+        for (int i = 0; i < kRows; ++i) {
+          rows[i] = p.x + (int64_t)min(first + warp + kWarps * i, p.tokens - 1) * p.width;
+#pragma unroll
+          for (int j = 0; j < kFours; ++j)
+            if (lane + 32 * j < fours) values[i][j] = load4(rows[i] + base + 4 * (lane + 32 * j));
+        }
+        if (p.norm) {
+#pragma unroll
+          for (int j = 0; j < kFours; ++j)
+            if (lane + 32 * j < fours) weights[j] = load4(p.norm + base + 4 * (lane + 32 * j));
+          if (start) inverse_rms<kRows>(rows, p.width, p.epsilon, scale);
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const int t = warp + kWarps * i;
+          const bool live = first + t < p.tokens;
+#pragma unroll
+          for (int j = 0; j < kFours; ++j) {
+            const int f = lane + 32 * j;
+            if (f >= fours) break;
+            float4 v = live ? widen4(values[i][j]) : make_float4(0, 0, 0, 0);
+            if (live && p.norm) {
+              v = normalise(v, scale[i], widen4(weights[j]));
+              if (e0 == 0) store4(p.normalised + (int64_t)(first + t) * p.width + base + 4 * f, v);
+            }
+            *reinterpret_cast<float4*>(xs + t * kStride + 4 * f) = v;
           }
-          *reinterpret_cast<float4*>(xs + t * kStride + 4 * f) = v;
         }
       }
       if (start) meanwhile();

@@ -6,7 +6,7 @@ Modules declare their parameters as abstract arrays; `initialize` or a checkpoin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,9 @@ from ernie_jax.ops import (
     experts_half_problem,
     grouped_mlp,
     linear,
+    mlp,
+    mlp_problem,
+    norm_and_route,
     quantized_specs,
     rms_norm,
     route,
@@ -70,6 +73,9 @@ class Backends(NamedTuple):
 
 
 DEFAULT_BACKENDS = Backends()
+# Tokens whose products with quantised shared experts run beside the router. Those of more take all registers of the
+# multiprocessors, and what comes behind the router would wait for them.
+_BESIDE = 64
 
 
 class GroupRows(NamedTuple):
@@ -252,6 +258,13 @@ class MLP(nnx.Module):
         gate_up = self.gate_up("...d,xfd->...xf", x, backends)
         return self.down("...f,df->...d", swiglu(gate_up, axis=-2), backends, shard.index("mlp"))
 
+    def beside(self, x: jax.Array, shard: Shard, backends: Backends) -> jax.Array:
+        """Do the same for x [T, D], where it can be by kernels that leave others room beside them."""
+        gate_up, down = self.gate_up.kernel, self.down.kernel
+        if self.biased or mlp_problem(len(x), *down.shape, gate_up.dtype):
+            return self(x, shard, backends)
+        return mlp(x, gate_up, down)
+
 
 class Routing(NamedTuple):
     """What a router decided for T tokens.
@@ -283,11 +296,21 @@ class Router(nnx.Module):
         self.k = config.moe_k
         self.norm_min = config.moe_norm_min
 
+    def backend(self, x: jax.Array, backends: Backends) -> str:
+        """Choose for x [T, D]."""
+        experts = self.weight.shape[0]
+        return backends.router or default_router_backend(backends.platform, *x.shape, experts, self.k, x.dtype)
+
+    def after_norm(self, x: jax.Array, norm: RMSNorm, backends: Backends) -> tuple[jax.Array, Routing]:
+        """Return x [T, D] normalised, and its routing."""
+        weight, bias = self.weight[...], self.correction_bias[...]
+        settings = self.k, self.norm_min, self.backend(x, backends)
+        h, *routing = norm_and_route(x, norm.weight[...], norm.epsilon, weight, bias, *settings)
+        return h, Routing(*routing)
+
     def __call__(self, x: jax.Array, backends: Backends = DEFAULT_BACKENDS) -> Routing:  # [T, D]
         weight, bias = self.weight[...], self.correction_bias[...]
-        backend = backends.router
-        if backend is None:
-            backend = default_router_backend(backends.platform, *x.shape, len(weight), self.k, x.dtype)
+        backend = self.backend(x, backends)
         routing = Routing(*route(x, weight, bias, self.k, self.norm_min, backend))
         if backend != "xla":
             return routing
@@ -315,12 +338,14 @@ class Experts(nnx.Module):
         backends: Backends,
         shared: MLP | None = None,
         live: jax.Array | None = None,
+        addends: Sequence[jax.Array] = (),
     ) -> jax.Array:
         """Return the weighted sum [T, D] over this shard's part of each token's experts; all of it if they exchange.
 
         Args:
           shared: whose output is added.
           live: how many of the tokens are no padding.
+          addends: at most two arrays [T, D] that are added where nothing is exchanged.
         """
         gate_up, down = self.gate_up.kernel, self.down.kernel
         if shard.layout is not None and shard.layout.mesh.size > 1:
@@ -333,7 +358,8 @@ class Experts(nnx.Module):
             return self._backend(tokens, k, local, backends, x.dtype)
 
         def compute(x, experts, weights, along=None, live=None):
-            return grouped_mlp(x, experts, weights, gate_up, down, choose(len(x)), first, along, live)
+            backend = choose(len(x))
+            return grouped_mlp(x, experts, weights, gate_up, down, backend, first, along, live, addends=addends)
 
         def add_shared(y):
             if shared is None:
@@ -399,6 +425,12 @@ class Experts(nnx.Module):
         )
         return divided(x, experts, weights, self.gate_up.kernel, self.down.kernel)
 
+    def backend(self, x: jax.Array, k: int, shard: Shard, backends: Backends) -> str | None:
+        """Choose for x [T, D], of each token k experts; None where XLA divides the program."""
+        if shard.layout is not None and shard.layout.mesh.size > 1:
+            return None
+        return self._backend(len(x), k, len(self.gate_up.kernel), backends, x.dtype)
+
     def _backend(self, tokens: int, k: int, local: int, backends: Backends, dtype: jnp.dtype) -> str:
         """Choose how so many tokens of a dtype go through so many of the experts."""
         down = self.down.kernel
@@ -438,14 +470,27 @@ class MoE(nnx.Module):
         return y.reshape(x.shape), routing
 
     def half(
-        self, x: jax.Array, norm: RMSNorm, shard: Shard, residual: bool, backends: Backends
+        self,
+        x: jax.Array,
+        norm: RMSNorm,
+        shard: Shard,
+        residual: bool,
+        backends: Backends,
+        live: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing] | None:
-        """Do `norm`, this and the addition of x, if `residual`, in one call; None if there is none for this step."""
+        """Do `norm`, this and the addition of x [T, D], if `residual`, by kernels that take them in; None if none does.
+
+        Args:
+          live: how many of the T tokens are no padding.
+        """
         linears = [self.experts.gate_up, self.experts.down]
         if hasattr(self, "shared"):
             linears += [self.shared.gate_up, self.shared.down]
         if not backends.takes_halves or shard.exchanges or any(linear.adapted for linear in linears):
             return None
+        return (self._half_of_one if len(x) == 1 else self._half_of_some)(x, norm, shard, residual, backends, live)
+
+    def _half_of_one(self, x, norm, shard, residual, backends, _):
         gate_up, down = self.experts.gate_up.kernel, self.experts.down.kernel
         router, shared = self.router, None
         if hasattr(self, "shared"):
@@ -460,6 +505,26 @@ class MoE(nnx.Module):
             router.norm_min, gate_up, down, first, shared, residual,
         )  # fmt: skip
         return y, Routing(*routing)
+
+    def _half_of_some(self, x, norm, shard, residual, backends, live):
+        """Let the router normalise for itself: its blocks have their places when the shared experts' products come."""
+        router, experts = self.router, self.experts
+        if router.backend(x, backends) == "xla" or experts.backend(x, router.k, shard, backends) != "mosaic":
+            return None
+        along, addends = None, []
+        if hasattr(self, "shared"):
+            if isinstance(experts.down.kernel, Quantized) and len(x) > _BESIDE:
+                along = self.shared
+            else:
+                with jax.named_scope("shared"):
+                    addends.append(self.shared.beside(materialized(norm(x), backends), shard, backends))
+        if residual:
+            addends.append(x)
+        with jax.named_scope("router"):
+            h, routing = router.after_norm(x, norm, backends)
+        with jax.named_scope("experts"):
+            y = experts(h, routing.experts, routing.weights, shard, backends, along, live, addends)
+        return y, routing
 
 
 def materialized(h: jax.Array, backends: Backends) -> jax.Array:
@@ -500,7 +565,7 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("mlp"):
             alone, half, routing = not shard.axes("mlp"), None, None
             if isinstance(self.mlp, MoE):
-                half = self.mlp.half(x, self.post_attention_norm, shard, alone, backends)
+                half = self.mlp.half(x, self.post_attention_norm, shard, alone, backends, rows.total)
             if half is not None:
                 h, routing = half
             else:

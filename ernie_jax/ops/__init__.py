@@ -29,6 +29,7 @@ from ernie_jax.ops.halves import (
     experts_half_problem,
 )
 from ernie_jax.ops.kept import KEPT
+from ernie_jax.ops.mosaic import MLP_BACKENDS, mlp, mlp_problem
 from ernie_jax.ops.mosaic_trained import trained_experts_problem
 from ernie_jax.ops.norm import rms_norm
 from ernie_jax.ops.packed import PACKED_ATTENTION_BACKENDS, default_packed_backend, packed_attention, packed_problem
@@ -43,7 +44,7 @@ from ernie_jax.ops.quantized import (
     quantize,
     quantized_specs,
 )
-from ernie_jax.ops.router import ROUTER_BACKENDS, default_router_backend, route
+from ernie_jax.ops.router import ROUTER_BACKENDS, default_router_backend, norm_and_route, route
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -55,6 +56,7 @@ __all__ = [
     "HALVES",
     "KEPT",
     "LINEAR_BACKENDS",
+    "MLP_BACKENDS",
     "PACKED_ATTENTION_BACKENDS",
     "ROUTER_BACKENDS",
     "Adapted",
@@ -81,6 +83,9 @@ __all__ = [
     "group_size",
     "grouped_mlp",
     "linear",
+    "mlp",
+    "mlp_problem",
+    "norm_and_route",
     "pack",
     "packed_attention",
     "packed_problem",

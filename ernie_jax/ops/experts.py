@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from ernie_jax.ops.batched import by_batches
 from ernie_jax.ops.blocks import by_blocks
 from ernie_jax.ops.gmm import by_gmm
-from ernie_jax.ops.mosaic import MOST_ALONG, mosaic_problem
+from ernie_jax.ops.mosaic import mosaic_problem, takes_along
 from ernie_jax.ops.mosaic_trained import by_mosaic_trained
 from ernie_jax.ops.precision import einsum, swiglu
 from ernie_jax.ops.quantized import Quantized, check_takes_quantized, form_of
@@ -28,6 +29,7 @@ def grouped_mlp(
     shared: tuple[jax.Array, jax.Array] | None = None,
     live: jax.Array | None = None,
     total: int | None = None,
+    addends: Sequence[jax.Array] = (),
 ) -> jax.Array:
     """Sum over a token's chosen experts e of weights[t, e] * down_e(silu(gate_e x) * up_e x).
 
@@ -43,6 +45,7 @@ def grouped_mlp(
       live: how many of the tokens are no padding, int32; padding goes to no expert, and what it comes back with is
         undefined but finite. None: all.
       total: how many experts the ids are of; None: E. Only the speed of "batched" depends on it.
+      addends: at most two arrays [T, D] that are added.
 
     Returns:
       [T, D].
@@ -54,23 +57,23 @@ def grouped_mlp(
         check_takes_quantized("expert", backend, gate_up.form)
     more = () if shared is None else (shared,)
     if backend == "mosaic":
-        return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, shared, live)
+        return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, shared, live, addends)
     if live is not None:
         chosen = jnp.where(jnp.arange(len(x))[:, None] < live, chosen, -1)
     if backend == "batched":
         more = (total,)
-    return EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, *more)
+    return sum(addends, start=EXPERT_BACKENDS[backend](x, chosen, weights, gate_up, down, first_expert, *more))
 
 
 def takes_shared(backend: str, tokens: int, inner: int, shared_inner: int, dtype: jnp.dtype = jnp.bfloat16) -> bool:
-    """Tell whether a backend computes the shared experts along with the chosen ones, and wins by it.
+    """Tell whether a backend can compute the shared experts along with the chosen ones.
 
     Args:
       inner, shared_inner: width of an expert, and of the shared ones' MLP, on this shard.
       dtype: of the weights.
     """
     if backend == "mosaic":  # to it they are more experts of the same width
-        return tokens <= MOST_ALONG and shared_inner % inner == 0
+        return takes_along(tokens, dtype) and shared_inner % inner == 0
     # Of the 21B model's shared width of 3,072 each of 8 shards has 384, which the kernel does not take.
     return backend == "cuda" and tokens <= FEW and shared_inner % (512 if form_of(dtype) else 256) == 0
 

@@ -1,5 +1,5 @@
 """The "mosaic" backends, for Hopper GPUs: the grouped expert MLP of a few to many tokens, pairs sorted by expert, and
-products of some tokens with quantised weights."""
+an MLP and products of some tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from ernie_jax.ops.stream import operand_problem
 _ALIGNMENT = 8  # rows, at a multiple of which an expert's rows begin, for the kernels
 _DEPTH = 128  # bytes of each row of weights that are loaded together
 _SHARED_MEMORY = 224 << 10  # of a CUDA block, without its barriers
-MOST = 512  # tokens of a product: of more it pays to make bfloat16 of a weight first, or fp8 of the tokens
-MOST_ALONG = 512  # tokens that also go through the shared experts here, which would be copied for it
+MOST = 512  # tokens of a product, or along with the chosen experts through the shared ones
 
 
 class Tiles(NamedTuple):
@@ -41,6 +40,11 @@ TILES = {
     0: (Tiles(64, 128, "tiles", 4, 12), Tiles(64, 128, "tiles", 4, 10)),
     4096: (Tiles(64, 256, "rows", 4, 12), Tiles(64, 256, "rows", 4, 10)),
 }
+
+
+# Of a product with bfloat16 weights, of up to 128 tokens and of more. A tile is all that a multiprocessor has, so loads
+# in flight fill its shared memory.
+_PRODUCT_TILES = Tiles(64, 64, "tiles", 12, 12), Tiles(64, 128, "tiles", 7, 12)
 
 
 class QuantizedTiles(NamedTuple):
@@ -84,7 +88,7 @@ def mosaic_problem(width: int, inner: int, dtype: jnp.dtype) -> str | None:
     return None
 
 
-def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live=None, tiles=None):
+def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live=None, addends=(), tiles=None):
     """Sort pairs by expert into rows and multiply them by the experts' weights where those lie.
 
     Has no gradient; see `mosaic_trained`.
@@ -93,8 +97,10 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     weighted sum, which is float32.
 
     Args:
-      shared: (gate_up [2, n F, D], down [D, n F]) of an MLP that all tokens go through, added unscaled: n experts more.
+      shared: quantised (gate_up [2, n F, D], down [D, n F]) of an MLP that all tokens go through, added unscaled: n
+        experts more.
       live: how many tokens are no padding; None: all.
+      addends: at most two arrays [T, D] that join the sum, in the dtype of `x`.
       tiles: an entry of TILES, of quantised weights of QUANTIZED_TILES; None chooses.
 
     Raises:
@@ -106,8 +112,8 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     more = 0 if shared is None else shared[1].shape[1] // inner
     pairs = tokens * (k + more)
     eight = multiplies_fp8(tokens, gate_up.dtype)
-    if eight and shared is not None:
-        raise UserError(f"expert backend mosaic takes no shared experts along with {tokens} tokens of fp8")
+    if shared is not None and not takes_along(tokens, gate_up.dtype):
+        raise UserError(f"expert backend mosaic takes quantised shared experts along, of up to {MOST} tokens")
     x_sorted, factors = to_fp8(x) if eight else (x, jnp.zeros(0, jnp.float32))
     tiles = tiles or choose_tiles(pairs, jnp.bfloat16 if eight else gate_up.dtype)
     block = tiles[0].block
@@ -141,7 +147,9 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     hidden, row_factors = to_fp8(hidden) if eight else (hidden, None)
     out = _multiply(hidden, down[:, None], *arrays, tiles[1], down_shared, row_factors)
     total = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return kernels.call("ernie_combine_pairs", total, out, place, chosen, here, weights.astype(x.dtype), **sizes)
+    addends = *addends, *[jnp.zeros((0, width), x.dtype)] * (2 - len(addends))
+    arrays = out, place, chosen, here, weights.astype(x.dtype)
+    return kernels.call("ernie_combine_pairs", total, *addends, *arrays, **sizes)
 
 
 def check_experts(x: jax.Array, gate_up: jax.Array | Quantized, *others: jax.Array | Quantized) -> None:
@@ -164,6 +172,11 @@ def choose_tiles(pairs: int, dtype: jnp.dtype) -> tuple[Tiles, Tiles] | tuple[Qu
     return table[max(least for least in table if least <= pairs)]
 
 
+def takes_along(tokens: int, dtype: jnp.dtype) -> bool:
+    """Tell whether shared experts with weights of a dtype can be computed along with the chosen ones."""
+    return tokens <= MOST and form_of(dtype) is not None
+
+
 def multiplies_fp8(tokens: int, dtype: jnp.dtype) -> bool:
     """Tell whether tokens become fp8 as well, by a factor each, to meet weights of a dtype: where operations limit."""
     return tokens > MOST and form_of(dtype) == "fp8"
@@ -179,10 +192,11 @@ def to_fp8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def product_problem(tokens: int, inner: int, outer: int, dtype: jnp.dtype) -> str | None:
     """Say what `product` does not take of [T, K] x [N, K] and the weights' dtype, or of the GPU, if anything."""
-    if not form_of(dtype):
-        return f"takes quantised weights, not {jnp.dtype(dtype).name}"
+    form = form_of(dtype)
+    if not form and dtype != jnp.bfloat16:
+        return f"takes bfloat16 and quantised weights, not {jnp.dtype(dtype).name}"
     if tokens > MOST and not multiplies_fp8(tokens, dtype):
-        return f"takes up to {MOST} tokens with {form_of(dtype)} weights, not {tokens}"
+        return f"takes up to {MOST} tokens with {form or 'bfloat16'} weights, not {tokens}"
     columns = 128 if tokens <= MOST else 256
     if inner % 256 or outer % columns:
         return f"takes multiples of 256 inputs and of {columns} outputs, not {inner} and {outer}"
@@ -191,7 +205,17 @@ def product_problem(tokens: int, inner: int, outer: int, dtype: jnp.dtype) -> st
     return None
 
 
-def product(x: jax.Array, weight: Quantized) -> jax.Array:
+def product_pays(tokens: int, inner: int, outer: int, dtype: jnp.dtype) -> bool:
+    """Tell whether `product` is faster than XLA's, of operands that it takes.
+
+    Of bfloat16 weights it is where they are so few that XLA splits the inputs and adds the parts up in a kernel more,
+    but enough for tiles on about half of the multiprocessors (a sweep of 32 to 256 tokens on an H100).
+    """
+    few = inner * outer <= 1 << 24
+    return form_of(dtype) is not None or few and (tokens > 128 or tokens > 32 and outer >= 56 * 64)
+
+
+def product(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """Return x [T, K] times weight [N, K], transposed: [T, N] in bfloat16 or float32; all rows are one expert's.
 
     Raises:
@@ -202,17 +226,55 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
     if problem:
         raise UserError(f"linear backend mosaic {problem}; use linear backend xla")
     eight, weight = multiplies_fp8(tokens, weight.dtype), weight[None, None]
-    tiles = TILES[4096][1] if eight else choose_tiling(tokens, weight)
-    blocks = [(0, at, min(tiles.block, tokens - at)) for at in range(0, tokens, tiles.block)]
-    rows = jnp.pad(x, ((0, -tokens % tiles.block), (0, 0)))
-    rows, factors = to_fp8(rows) if eight else (rows, None)
-    arrays = jnp.asarray(blocks, jnp.int32), jnp.asarray([len(blocks)], jnp.int32)
-    out = _multiply(rows, weight, *arrays, tiles, factors=factors)
+    if not form_of(weight.dtype):
+        tiles = _PRODUCT_TILES[tokens > 128]
+    else:
+        tiles = TILES[4096][1] if eight else choose_tiling(tokens, weight)
+    out = _multiply_all(x, weight, tiles, eight)
     return (out if out.ndim == 2 else out.sum(0))[:tokens]
 
 
+def mlp_problem(tokens: int, width: int, inner: int, dtype: jnp.dtype) -> str | None:
+    """Say what `mlp` does not take of [T, D], of F, and of the weights' dtype, or of the GPU, if anything."""
+    if dtype != jnp.bfloat16:
+        return f"takes bfloat16 weights, not {jnp.dtype(dtype).name}"
+    if tokens > MOST:
+        return f"takes up to {MOST} tokens, not {tokens}"
+    return mosaic_problem(width, inner, dtype)
+
+
+def mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array, backend: str = "mosaic") -> jax.Array:
+    """Return down(silu(gate x) * up x) [T, D] of x [T, D], gate_up [2, F, D] and down [D, F], all bfloat16.
+
+    By two kernels that leave others room on the multiprocessors, so that they can run beside them.
+
+    Raises:
+      UserError: if the sizes, the dtypes or the GPU are not what it takes.
+    """
+    return MLP_BACKENDS[backend](x, gate_up, down)
+
+
+def _mlp(x, gate_up, down):
+    tokens, width = x.shape
+    if problem := mlp_problem(tokens, width, down.shape[1], gate_up.dtype) or operand_problem(x):
+        raise UserError(f"mlp backend mosaic {problem}")
+    tiles = TILES[0]
+    hidden = _multiply_all(x, gate_up[None], tiles[0])
+    return _multiply_all(hidden, down[None, None], tiles[1])[:tokens]
+
+
+def _multiply_all(rows, weight, tiles, eight=False):
+    """Multiply all rows, as fp8 if `eight`, by the only expert's weight; what is returned may have rows more."""
+    count, block = len(rows), tiles.block
+    blocks = [(0, at, min(block, count - at)) for at in range(0, count, block)]
+    rows = jnp.pad(rows, ((0, -count % block), (0, 0)))
+    rows, factors = to_fp8(rows) if eight else (rows, None)
+    arrays = jnp.asarray(blocks, jnp.int32), jnp.asarray([len(blocks)], jnp.int32)
+    return _multiply(rows, weight, *arrays, tiles, factors=factors)
+
+
 def _multiply(rows, weight, blocks, live, tiles, shared=None, factors=None):
-    """Call the kernel that takes these operands; `factors` are those of fp8 rows."""
+    """Call the kernel that takes these operands; `factors` are those of fp8 rows, `shared` quantised."""
     # Mosaic GPU, for Hopper GPUs only
     from ernie_jax.ops import mosaic_kernel, quantized_kernel
 
@@ -223,7 +285,7 @@ def _multiply(rows, weight, blocks, live, tiles, shared=None, factors=None):
     turns = rows.shape[1] // mosaic_kernel.contracted(rows.dtype)
     tiling = mosaic_kernel.Tiling(*tiles)._replace(steps=min(tiles.steps, turns))
     if factors is None:
-        return mosaic_kernel.grouped_product(rows, weight, blocks, live, tiling, shared)
+        return mosaic_kernel.grouped_product(rows, weight, blocks, live, tiling)
     scales = factors, weight.scales
     return mosaic_kernel.grouped_product(rows, weight.values, blocks, live, tiling, scales=scales)
 
@@ -238,3 +300,6 @@ def choose_tiling(tokens: int, weight: Quantized) -> QuantizedTiles:
     step = _DEPTH * (128 * halves + block * 2 * weight.shape[-1] // stored)  # bytes
     left = _SHARED_MEMORY - 4 * block * 64 * (2 if splits == 1 else 4)
     return QuantizedTiles(block, _DEPTH, min(turns // splits, left // step, 6), 12, halves, splits)
+
+
+MLP_BACKENDS = {"mosaic": _mlp}

@@ -49,7 +49,6 @@ def grouped_product(
     blocks: jax.Array,  # [blocks, 3] int32
     live: jax.Array,  # [1] int32
     tiling: Tiling,
-    shared: jax.Array | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,  # [M], [E, 1 or 2, N] float32
     turned: bool = False,
     adapter: tuple[jax.Array, jax.Array] | None = None,  # [M, R], [E, 1, N, R]
@@ -61,11 +60,9 @@ def grouped_product(
       blocks: of each its expert, its first row (a multiple of ALIGNMENT) and how many rows it has, at most
         `tiling.block`. That many rows can be read from the first one on.
       live: how many blocks there are; rows of no block come back undefined.
-      shared: the weights of further experts E, E + 1, ... side by side: [1 or 2, n N, K] or [1 or 2, N, n K].
-      scales: of rows and weights that are both fp8, what sums are multiplied by; then none are shared.
-      turned: the weights are [E, 1, K, N] and not transposed; of bfloat16, none of them shared.
-      adapter: further rows and weights, turned [E, 1, R, N], whose product joins the same sums: of bfloat16, none of
-        the weights shared.
+      scales: of rows and weights that are both fp8, what sums are multiplied by.
+      turned: the weights are [E, 1, K, N] and not transposed; of bfloat16.
+      adapter: further rows and weights, turned [E, 1, R, N], whose product joins the same sums: of bfloat16.
       interpret: parameters of Pallas' interpreter for tests.
 
     Returns:
@@ -74,7 +71,7 @@ def grouped_product(
     Raises:
       ValueError: if the sizes are no multiples of the tiles.
     """
-    (count, inner), (experts, gates, outputs, _) = rows.shape, weight.shape
+    (count, inner), (_, gates, outputs, _) = rows.shape, weight.shape
     if turned:
         outputs = weight.shape[3]
     width = tiling.columns // gates  # of the output, per warpgroup
@@ -89,13 +86,12 @@ def grouped_product(
     column_tiles, own_turns = outputs // width, inner // step_inner
     turns = own_turns + rank // step_inner
     running = len(blocks) * column_tiles if multiplying == 1 else _SMS  # CUDA's blocks
-    beside = (outputs, 0) if shared is None or shared.shape[2] == inner else (0, inner)  # from one expert to the next
 
     def tile_of(index, live):
         return plgpu.planar_snake(index, (live, column_tiles), 1, min(tiling.band, column_tiles))
 
     def load(refs, live, a, b, full, free):
-        blocks_ref, rows_ref, weight_ref, shared_ref, adapter_refs = refs
+        blocks_ref, rows_ref, weight_ref, adapter_refs = refs
         if multiplying == 2:
             plgpu.set_max_registers(40, action="decrease")
 
@@ -126,18 +122,7 @@ def grouped_product(
                         window = pl.ds(turn * step_inner, step_inner), pl.ds(first, width)
                         plgpu.copy_gmem_to_smem(weight_ref.at[chosen, 0, *window], b.at[slot], full.at[slot])
 
-                    def load_shared():
-                        down, right = ((chosen - experts) * size for size in beside)
-                        window = pl.ds(down + first, width), pl.ds(right + turn * step_inner, step_inner)
-                        plgpu.copy_gmem_to_smem(shared_ref.at[part, *window], target, full.at[slot])
-
-                    if turned:
-                        load_turned()
-                    elif shared is None:
-                        load_chosen()
-                    else:
-                        pl.when(chosen < experts)(load_chosen)
-                        pl.when(chosen >= experts)(load_shared)
+                    (load_turned if turned else load_chosen)()
 
                 def load_turn(rows_ref, weight_ref, turn):
                     for part in range(gates):
@@ -238,11 +223,11 @@ def grouped_product(
 
         plgpu.wait_smem_to_gmem(0)
 
-    more, structure = jax.tree.flatten((shared, scales, adapter))
+    more, structure = jax.tree.flatten((scales, adapter))
 
     def body(blocks_ref, live_ref, rows_ref, weight_ref, *refs):
         *refs, out_ref = refs
-        shared_ref, scales_refs, adapter_refs = jax.tree.unflatten(structure, refs)
+        scales_refs, adapter_refs = jax.tree.unflatten(structure, refs)
 
         def swizzled(size):
             return plgpu.TilingTransform((8, size)), plgpu.SwizzleTransform(_BYTES)
@@ -262,7 +247,7 @@ def grouped_product(
         def _(a, b, out, full, free):
             live = live_ref[0]
             loads = lax.axis_index("wg") == multiplying
-            refs = blocks_ref, rows_ref, weight_ref, shared_ref, adapter_refs
+            refs = blocks_ref, rows_ref, weight_ref, adapter_refs
             pl.when(loads)(lambda: load(refs, live, a, b, full, free))
             pl.when(jnp.logical_not(loads))(
                 lambda: multiply(blocks_ref, scales_refs, out_ref, live, a, b, out, full, free)

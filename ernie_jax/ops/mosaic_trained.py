@@ -12,7 +12,7 @@ from ernie_jax.errors import UserError
 from ernie_jax.ops.adapted import Adapted
 from ernie_jax.ops.blocks import sort_pairs, taken
 from ernie_jax.ops.kept import KEPT
-from ernie_jax.ops.mosaic import MOST_ALONG, by_mosaic, check_experts, mosaic_problem
+from ernie_jax.ops.mosaic import by_mosaic, check_experts, mosaic_problem
 from ernie_jax.ops.precision import swiglu
 from ernie_jax.ops.quantized import form_of
 
@@ -23,14 +23,12 @@ _RANK = 64  # an adapter's is filled up to a multiple
 _STEP = 64  # of `mosaic_gradient`: an expert's rows begin at a multiple
 
 
-def trained_experts_problem(backend: str, tokens: int, width: int, inner: int, dtype: jnp.dtype | str) -> str | None:
-    """Say what a backend does not take of training: tokens, D, F, the weights' dtype; None if nothing."""
+def trained_experts_problem(backend: str, width: int, inner: int, dtype: jnp.dtype | str) -> str | None:
+    """Say what a backend does not take of training: D, F, the weights' dtype; None if nothing."""
     if backend != "mosaic":
         return None
     if isinstance(dtype, str) or form_of(dtype):
         return "learns beside bfloat16 weights only"
-    if tokens <= MOST_ALONG:
-        return f"takes more than {MOST_ALONG} tokens a device, not {tokens}"
     return mosaic_problem(width, inner, dtype)
 
 
@@ -51,17 +49,17 @@ class Arrangement(NamedTuple):
     groups: jax.Array
 
 
-def by_mosaic_trained(x, chosen, weights, gate_up, down, first_expert, shared=None, live=None):
-    """Do as `by_mosaic` does; bfloat16 weights without shared experts have a gradient, and may have adapters.
+def by_mosaic_trained(x, chosen, weights, gate_up, down, first_expert, shared=None, live=None, addends=()):
+    """Do as `by_mosaic` does; bfloat16 weights without addends have a gradient, and may have adapters.
 
     Raises:
       UserError: if the sizes, the dtype or the GPU are not what it takes.
     """
-    if shared is None and not form_of(gate_up.dtype):
+    if shared is None and not addends and not form_of(gate_up.dtype):
         return _learnable(x, chosen, weights, gate_up, down, jnp.asarray(first_expert, jnp.int32), live)
     if _adapted(gate_up, down):
         raise UserError("expert backend mosaic takes adapters where it trains only; use expert backend batched")
-    return by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared, live)
+    return by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared, live, addends)
 
 
 def _adapted(*weights):

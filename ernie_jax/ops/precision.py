@@ -76,7 +76,7 @@ def default_linear_backend(platform: str, x: jax.Array, weight: jax.Array | Quan
         shape = x.size // inner, inner, weight.size // inner, weight.dtype
         if linear_problem(*shape) is None:
             return "cuda"
-        if mosaic.product_problem(*shape) is None:
+        if mosaic.product_problem(*shape) is None and mosaic.product_pays(*shape):
             return "mosaic"
     return "xla"
 
@@ -102,8 +102,8 @@ def _cuda(subscripts, x, weight, bias):
 
 
 def _mosaic(subscripts, x, weight, bias):
-    if not isinstance(weight, Quantized):
-        raise UserError("linear backend mosaic is for quantised weights; use linear backend xla")
+    if isinstance(weight, Adapted):
+        raise UserError("linear backend mosaic takes no adapters; use linear backend xla")
     out = _product(subscripts, x, weight, mosaic.product)
     return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
 

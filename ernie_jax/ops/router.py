@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ernie_jax import kernels
 from ernie_jax.errors import UserError
+from ernie_jax.ops.norm import rms_norm
 from ernie_jax.ops.precision import einsum
 
 SPLITS = 8  # of router.cu
@@ -33,7 +34,25 @@ def route(
     Raises:
       UserError: if the backend does not take these shapes or dtypes.
     """
-    return ROUTER_BACKENDS[backend](x, weight, correction_bias, k, norm_min)
+    return ROUTER_BACKENDS[backend](x, weight, correction_bias, k, norm_min)[1:]
+
+
+def norm_and_route(
+    x: jax.Array,  # [T, D]
+    norm_weight: jax.Array,  # [D]
+    epsilon: float,
+    weight: jax.Array,  # [E, D] float32
+    correction_bias: jax.Array,  # [E] float32
+    k: int,
+    norm_min: float,
+    backend: str = "xla",
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Do `rms_norm`, then `route`.
+
+    Returns:
+      [T, D], normalised, and what `route` returns.
+    """
+    return ROUTER_BACKENDS[backend](x, weight, correction_bias, k, norm_min, (norm_weight, epsilon))
 
 
 def default_router_backend(platform: str, tokens: int, width: int, experts: int, k: int, dtype: jnp.dtype) -> str:
@@ -53,31 +72,34 @@ def router_problem(width: int, experts: int, k: int, dtype: jnp.dtype) -> str | 
     return None
 
 
-def _xla(x, weight, correction_bias, k, norm_min):
+def _xla(x, weight, correction_bias, k, norm_min, norm=None):
     """The reference."""
+    x = x if norm is None else rms_norm(x, *norm)
     logits = einsum("td,ed->te", x.astype(jnp.float32), weight)
     probabilities = jax.nn.softmax(logits, axis=-1)
     _, experts = jax.lax.top_k(probabilities + correction_bias, k)
     weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), norm_min)
-    return experts, weights.astype(x.dtype), probabilities
+    return x, experts, weights.astype(x.dtype), probabilities
 
 
-def _cuda(x, weight, correction_bias, k, norm_min, clusters=True):
+def _cuda(x, weight, correction_bias, k, norm_min, norm=None, clusters=True):
     """One kernel; without clusters two, as on GPUs that have none."""
     tokens, width = x.shape
     experts = len(weight)
     if problem := router_problem(width, experts, k, x.dtype):
         raise UserError(f"router backend cuda {problem}; use router backend xla")
+    norm_weight, epsilon = norm or (jnp.zeros(0, x.dtype), 0.0)
     out = [
         jax.ShapeDtypeStruct((tokens, k), jnp.int32),
         jax.ShapeDtypeStruct((tokens, k), x.dtype),
         jax.ShapeDtypeStruct((tokens, experts), jnp.float32),
+        jax.ShapeDtypeStruct(x.shape if norm else (0,), x.dtype),
         jax.ShapeDtypeStruct((tokens, SPLITS, experts), jnp.float32),
     ]
-    options = {"norm_min": float(norm_min), "clusters": int(clusters)}
-    *routing, _ = kernels.call("ernie_route", out, x, weight, correction_bias, **options)
-    return tuple(routing)
+    options = {"norm_min": float(norm_min), "epsilon": float(epsilon), "clusters": int(clusters)}
+    *routing, normalised, _ = kernels.call("ernie_route", out, x, norm_weight, weight, correction_bias, **options)
+    return normalised if norm else x, *routing
 
 
 ROUTER_BACKENDS = {"xla": _xla, "cuda": _cuda}

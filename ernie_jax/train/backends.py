@@ -87,8 +87,7 @@ def _check_experts(recipe: Recipe, config: ModelConfig, layout: Layout) -> None:
         raise UserError(f"recipe field expert_backend must be one of {', '.join(DIFFERENTIABLE_EXPERT_BACKENDS)}")
     if not config.is_moe:
         return
-    tokens = recipe.batch_size * recipe.sequence_length // (recipe.accumulate * layout.groups)
-    sizes = tokens, config.hidden_size, config.moe_intermediate_size // layout.size("expert_mlp")
+    sizes = config.hidden_size, config.moe_intermediate_size // layout.size("expert_mlp")
     dtype = config.quantize or checkpoint.parse_dtype(recipe.dtype)
     if problem := trained_experts_problem(backend, *sizes, dtype):
         raise UserError(f"recipe field expert_backend: {backend} {problem}; use batched")

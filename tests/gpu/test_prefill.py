@@ -9,7 +9,7 @@ import pytest
 
 from ernie_jax.config import QUANTIZED_FORMS
 from ernie_jax.kernels import capability
-from ernie_jax.ops import grouped_mlp, quantized_specs
+from ernie_jax.ops import grouped_mlp, mlp, quantized_specs
 from ernie_jax.ops.mosaic import multiplies_fp8
 from ernie_jax.ops.prefill_attention import prefill
 from tests.kernels.cases import (
@@ -65,10 +65,20 @@ def test_quantized_experts(form, tokens, rng):
         check_shared_experts(rng, tokens, 3, 8, 768, 512, form, "mosaic")
 
 
+@pytest.mark.parametrize("tokens", [2, 60, 200])
+def test_mlp_of_all_tokens(tokens, rng):
+    x, gate_up, down = (
+        jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.bfloat16)
+        for shape in ((tokens, 2560), (2, 3072, 2560), (2560, 3072))
+    )
+    everyone = jnp.zeros((tokens, 1), jnp.int32), np.ones((tokens, 1))
+    assert distance(jax.jit(mlp)(x, gate_up, down), experts_reference(x, *everyone, gate_up[None], down[None])) < BOUND
+
+
 @pytest.mark.parametrize(("inner", "outer"), [(2560, 3584), (2560, 24576), (12288, 2560), (256, 128)])
 @pytest.mark.parametrize("tokens", [17, 64, 300])
-@pytest.mark.parametrize("form", QUANTIZED_FORMS)
-def test_quantized_product(form, tokens, inner, outer, rng):
+@pytest.mark.parametrize("form", [None, *QUANTIZED_FORMS])
+def test_product(form, tokens, inner, outer, rng):
     check_linear(rng, tokens, inner, outer, form, "mosaic")
 
 

@@ -25,6 +25,11 @@ def test_matches_float64(tokens, bias, rng):
     cases.check_routing(*inputs, 6, *cases.run_route(inputs))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 9, 33, 64, 100, 512])
+def test_norm_and_routing_match_float64(tokens, rng):
+    cases.check_norm_and_routing(rng, tokens)
+
+
 @pytest.mark.parametrize(("width", "experts", "k"), [(128, 8, 2), (1024, 256, 16), (8192, 64, 8), (2688, 100, 7)])
 @pytest.mark.parametrize("tokens", [1, 12, 20, 40, 100])
 def test_other_sizes(tokens, width, experts, k, rng):

@@ -157,22 +157,22 @@ def test_products_by_cublas_write_what_is_read_next():
         assert " = (bf16[" in line, line
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 256])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 256])
 def test_a_decode_step_is_our_kernels(tokens):
     config, _, _, compiled = compile_step("single", 1, "decode", tokens)
-    launched = launches(compiled.as_text())
-    found = collections.Counter(launched)
+    text = compiled.as_text()
+    launched, found = launches(text), collections.Counter(re.findall(r'custom_call_target="(\w+)"', text))
     moe_layers = sum(map(config.is_moe_layer, range(LAYERS)))
     if tokens == 1:  # nothing of XLA's stands between the halves of layers
         assert found["ernie_experts_half"] == moe_layers
         first = launched.index("ernie_experts_half")
         # The fusion is the attention's half with slices of the step's numbers, which are no launches.
         assert launched[first : first + 3] == ["ernie_experts_half", "fusion", "ernie_experts_half"]
-    else:
-        assert found["mosaic_gpu_v2"] == 2 * moe_layers
+    else:  # the chosen experts' products and the shared ones'; the attention's first one, of more tokens both
+        products = {8: 0, 64: 1, 256: 2}[tokens] * LAYERS
+        assert found["mosaic_gpu_v2"] == 4 * moe_layers + products
         assert found["ernie_route"] == found["ernie_sort_pairs"] == found["ernie_combine_pairs"] == moe_layers
-    halves = compiled.as_text().count('custom_call_target="ernie_attention_half"')
-    assert halves == (LAYERS if tokens <= 16 else 0)
+    assert found["ernie_attention_half"] == (LAYERS if tokens <= 16 else 0)
     assert len(launched) <= 15 * LAYERS + 10
 
 
@@ -197,7 +197,8 @@ def test_quantised_weights_are_read_as_they_lie(form, kind, tokens, embedding):
         assert found["ernie_experts_half"] == 1 and not found["mosaic_gpu_v2"]
     else:  # the experts'; of many tokens the attention's; and products that neither "cuda" nor XLA does
         head = kind == "decode" and tokens > 16 and embedding
-        assert found["mosaic_gpu_v2"] == 2 + head + (2 if kind == "prefill" else 6 if tokens > 16 else 0)
+        more = {("prefill", 2048): 2, ("decode", 16): 0, ("decode", 64): 8, ("decode", 128): 6}[kind, tokens]
+        assert found["mosaic_gpu_v2"] == 2 + head + more
     print(dict(found))
     if kind == "decode":  # no weight is made bfloat16 in memory: the smallest would be 13 MB
         assert memory.temp_size_in_bytes < 13e6

@@ -12,6 +12,7 @@ from ernie_jax.ops import (
     dequantize,
     grouped_mlp,
     linear,
+    norm_and_route,
     paged_attention,
     quantize,
     route,
@@ -150,6 +151,18 @@ def check_routing(x, weight, bias, k, experts, weights, probabilities):
 def run_route(inputs, k=6, norm_min=NORM_MIN):
     """Route by our kernel, in a program of its own."""
     return jax.jit(route, static_argnums=(3, 4, 5))(*inputs, k, norm_min, "cuda")
+
+
+def check_norm_and_routing(rng, tokens, width=2560, experts=64, k=6):
+    """Hold the norm to float64, and the routing of what it gives."""
+    x, weight, bias = draw_router(rng, tokens, width, experts)
+    norm = jnp.asarray(1 + rng.normal(size=width) / 8, jnp.bfloat16)
+    run = jax.jit(norm_and_route, static_argnums=(2, 5, 6, 7))
+    h, *routing = run(x, norm, 1e-5, weight, bias, k, NORM_MIN, "cuda")
+    wide = np.asarray(x, np.float64)
+    expected = wide / np.sqrt(np.mean(wide * wide, axis=1, keepdims=True) + 1e-5) * np.asarray(norm, np.float64)
+    np.testing.assert_allclose(np.asarray(h, np.float64), expected, rtol=2**-7)  # rounded twice
+    check_routing(h, weight, bias, k, *routing)
 
 
 def check_equals(tokens, width=2560):

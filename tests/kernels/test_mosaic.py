@@ -10,8 +10,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ernie_jax.errors import UserError
 from ernie_jax.kernels import compiling_for
-from ernie_jax.ops import Adapted, grouped_mlp, linear, mosaic, mosaic_gradient, mosaic_kernel, quantized_kernel
-from ernie_jax.ops.mosaic import TILES, Tiles, by_mosaic
+from ernie_jax.ops import (
+    Adapted,
+    Quantized,
+    grouped_mlp,
+    linear,
+    mlp,
+    mosaic,
+    mosaic_gradient,
+    mosaic_kernel,
+    quantized_kernel,
+)
+from ernie_jax.ops.mosaic import TILES, QuantizedTiles, by_mosaic
 from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
 from tests import emulator
 from tests.kernels.cases import check_linear, check_trained_experts, rounded
@@ -93,15 +103,24 @@ def draw(rng, tokens, skewed=False):
     return normal(tokens, WIDTH), jnp.asarray(chosen), weights, gate_up, down, shared
 
 
-@pytest.mark.parametrize(
-    ("tokens", "skewed", "along"), [(2, False, True), (33, False, False), (90, True, True), (1200, False, False)]
-)
-def test_experts(tokens, skewed, along, rng):
-    *arguments, shared = draw(rng, tokens, skewed)
-    shared = shared if along else None
+@pytest.mark.parametrize(("tokens", "skewed", "more"), [(2, False, 1), (33, False, 0), (90, True, 2)])
+def test_experts(tokens, skewed, more, rng):
+    *arguments, _ = draw(rng, tokens, skewed)
+    addends = [jnp.asarray(rng.normal(size=(tokens, WIDTH)), jnp.bfloat16) for _ in range(more)]
     with emulator.emulated():
-        out = grouped_mlp(*arguments, "mosaic", shared=shared)
-    assert distance(out, reference(*arguments, shared=shared)) < BOUND
+        out = grouped_mlp(*arguments, "mosaic", addends=addends)
+    expected = reference(*arguments) + sum(np.asarray(addend, np.float64) for addend in addends)
+    assert distance(out, expected) < BOUND
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_mlp_of_all_tokens(tokens, rng):
+    x, *_, shared = draw(rng, tokens)
+    with emulator.emulated():
+        out = mlp(x, *shared)
+    nobody = np.zeros((tokens, 0))
+    expected = reference(x, nobody, nobody, *np.zeros((2, 1)), shared=shared)
+    assert out.shape == x.shape and distance(out, expected) < BOUND
 
 
 @pytest.mark.parametrize(
@@ -124,10 +143,10 @@ def test_gradient_of_an_expert_without_rows(rng):
 
 
 def test_padding_goes_to_no_expert(rng):
-    *arguments, shared = draw(rng, 20)
+    *arguments, _ = draw(rng, 20)
     with emulator.emulated():
-        out = np.asarray(grouped_mlp(*arguments, "mosaic", shared=shared, live=jnp.int32(7)), np.float64)
-    assert distance(out[:7], reference(*arguments, shared=shared)[:7]) < BOUND
+        out = np.asarray(grouped_mlp(*arguments, "mosaic", live=jnp.int32(7)), np.float64)
+    assert distance(out[:7], reference(*arguments)[:7]) < BOUND
     assert not out[7:].any()
 
 
@@ -162,7 +181,7 @@ def test_rows_come_sorted_and_are_summed_in_order(tokens, k, shared, width, live
         products.append([np.asarray(a) for a in (rows, blocks, count)])
         return rows
 
-    monkeypatch.setattr(mosaic_kernel, "grouped_product", product)
+    monkeypatch.setattr(quantized_kernel, "grouped_product", product)
     x = jnp.asarray(rng.normal(size=(tokens, width)), jnp.bfloat16)
     chosen = rng.integers(first - 1, first + EXPERTS + 1, size=(tokens, k))  # may name one twice
     if skewed:
@@ -170,10 +189,13 @@ def test_rows_come_sorted_and_are_summed_in_order(tokens, k, shared, width, live
     chosen = jnp.asarray(chosen, jnp.int32)
     weights = jnp.asarray(rng.random((tokens, k)), jnp.bfloat16)
     sizes = (EXPERTS, 2, INNER, width), (EXPERTS, width, INNER), (2, shared * INNER, width), (width, shared * INNER)
-    gate_up, down, *along = (np.broadcast_to(np.zeros((), jnp.bfloat16), size) for size in sizes)
-    tiles = (Tiles(8, 128, "rows", 4, 12),) * 2  # blocks of 16
+    gate_up, down, *along = (Quantized(np.broadcast_to(np.int8(0), size), np.zeros(size[:-1])) for size in sizes)
+    tiles = (QuantizedTiles(16, 128, 4, 12),) * 2
+    along = along if shared and tokens <= 512 else None
+    shared = shared if along else 0
+    addends = [jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16) for _ in range(k % 3)]
     with emulator.emulated():
-        out = by_mosaic(x, chosen, weights, gate_up, down, first, along if shared else None, jnp.int32(live), tiles)
+        out = by_mosaic(x, chosen, weights, gate_up, down, first, along, jnp.int32(live), addends, tiles)
 
     (rows, blocks, count), _ = products
     values, sums = np.asarray(x, np.float32), np.zeros((tokens, width), np.float32)
@@ -192,27 +214,29 @@ def test_rows_come_sorted_and_are_summed_in_order(tokens, k, shared, width, live
     for slot in range(k + shared):
         scale = np.asarray(weights[:, slot : slot + 1], np.float32) if slot < k else np.float32(1)
         sums += np.where(ids[:, slot, None] >= 0, scale * values, np.float32(0))
+    for addend in addends:
+        sums += np.asarray(addend, np.float32)
     np.testing.assert_array_equal(np.asarray(out), sums.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("least", TILES)
 def test_a_product_writes_its_own_rows_only(least, rng):
-    """Blocks of any length, of chosen and of shared experts, the last of them not live."""
+    """Blocks of any length, the last of them not live."""
     tiling = Tiling(*TILES[least][1])._replace(steps=2)
-    *_, down, (_, shared) = draw(rng, 1)
+    *_, down, _ = draw(rng, 1)
     most = tiling.block
     lengths = [5, most, 17, 1, 8, 30, 9]
     starts = np.cumsum([0, *(-(-length // 8) * 8 for length in lengths)])
-    blocks = np.array([*zip([0, 2, 3, 1, EXPERTS, EXPERTS + 1, 4], starts, lengths, strict=False)], np.int32)
+    blocks = np.array([*zip([0, 2, 3, 1, 5, 1, 4], starts, lengths, strict=False)], np.int32)
     rows = jnp.asarray(rng.normal(size=(starts[-1] + most, INNER)), jnp.bfloat16)
     live = len(blocks) - 1
-    arguments = rows, down[:, None], jnp.asarray(blocks), jnp.asarray([live], jnp.int32), tiling, shared[None]
+    arguments = rows, down[:, None], jnp.asarray(blocks), jnp.asarray([live], jnp.int32), tiling
     out = np.asarray(mosaic_kernel.grouped_product(*arguments), np.float64)
     written = np.zeros(len(rows), bool)
     for expert, start, length in blocks[:live]:
-        weight = down[expert] if expert < EXPERTS else shared[:, (expert - EXPERTS) * INNER :][:, :INNER]
         here = slice(start, start + length)
-        assert distance(out[here], np.asarray(rows[here], np.float64) @ np.asarray(weight, np.float64).T) < BOUND
+        expected = np.asarray(rows[here], np.float64) @ np.asarray(down[expert], np.float64).T
+        assert distance(out[here], expected) < BOUND
         written[start : start + -(-length // 8) * 8] = True
     assert np.isnan(out[~written]).all()  # the interpreter's mark of what nobody wrote
 
@@ -224,11 +248,17 @@ def test_sizes_it_does_not_take(rng):
 
 
 def test_adapters_that_it_does_not_take(rng):
-    *inputs, gate_up, down, shared = draw(rng, 2)
+    *inputs, gate_up, down, _ = draw(rng, 2)
     low = jnp.zeros((EXPERTS, 8, WIDTH), jnp.bfloat16), jnp.zeros((EXPERTS, 2, INNER, 8), jnp.bfloat16)
-    for weight, along in ((gate_up, shared), (rounded(gate_up, "int8")[0], None)):
+    for weight, addends in ((gate_up, inputs[:1]), (rounded(gate_up, "int8")[0], [])):
         with pytest.raises(UserError, match="takes adapters where it trains only; use expert backend batched"):
-            grouped_mlp(*inputs, Adapted(weight, *low), down, "mosaic", shared=along)
+            grouped_mlp(*inputs, Adapted(weight, *low), down, "mosaic", addends=addends)
+
+
+def test_shared_experts_that_it_does_not_take(rng):
+    *arguments, shared = draw(rng, 2)
+    with emulator.emulated(), pytest.raises(UserError, match="takes quantised shared experts along, of up to 512"):
+        grouped_mlp(*arguments, "mosaic", shared=shared)
 
 
 @pytest.mark.parametrize(("form", "tokens", "along"), [("int8", 9, True), ("fp8", 40, False), ("int4", 70, True)])
@@ -241,8 +271,8 @@ def test_quantized_experts(form, tokens, along, rng):
     assert distance(out, expected) < BOUND
 
 
-@pytest.mark.parametrize(("form", "tokens"), [("int8", 20), ("int4", 70)])
-def test_quantized_product(form, tokens, rng):
+@pytest.mark.parametrize(("form", "tokens"), [("int8", 20), ("int4", 70), (None, 70), (None, 150)])
+def test_product(form, tokens, rng):
     with emulator.emulated():
         check_linear(rng, tokens, 1024, 256, form, "mosaic")
 

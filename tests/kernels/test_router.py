@@ -23,6 +23,11 @@ def test_matches_float64(tokens, rng):
     cases.check_routing(*inputs, 6, *cases.run_route(inputs))
 
 
+@pytest.mark.parametrize(("tokens", "width", "experts"), [(1, 512, 64), (12, 2688, 100), (65, 512, 64)])
+def test_norm_and_routing_match_float64(tokens, width, experts, rng):
+    cases.check_norm_and_routing(rng, tokens, width, experts)
+
+
 @pytest.mark.parametrize(("width", "experts", "k"), [(128, 8, 2), (256, 256, 16), (4096, 64, 8), (2688, 100, 7)])
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_other_sizes(tokens, width, experts, k, rng):
