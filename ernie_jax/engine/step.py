@@ -32,11 +32,12 @@ from ernie_jax.sharding import Layout
 
 _BATCH_AXES = ("group", None)
 _GROUP_AXES = ("group", None, None, None)
-# Of steps with prompts, on GPUs. Recording a graph of them takes the host longer than launching their kernels one by
+# On GPUs. In the graph of a decode step, kernels that do not need one another run side by side, as router and shared
+# experts do.
+_DECODE_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+# Of steps with prompts. Recording a graph of them takes the host longer than launching their kernels one by
 # one, 8 ms of a prefill of 8,192 tokens by the 21B model on an H100, and most of their compiling went to Triton's
 # products, built and timed beside those of cuBLAS.
-# Of decode steps: in a graph, kernels that do not need one another run side by side, as router and shared experts do.
-_DECODE_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 _PROMPT_OPTIONS = {"xla_gpu_graph_min_graph_size": 1 << 30, "xla_gpu_enable_triton_gemm": False}
 
 

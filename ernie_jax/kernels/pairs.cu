@@ -288,7 +288,7 @@ ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer factors, f
   return launch_status("sort pairs");
 }
 
-// Of the addends one without rows is none. They come first: XLA orders kernels, and has their memory used again, by that.
+// An addend without rows is none.
 ffi::Error combine(cudaStream_t stream, ffi::AnyBuffer first, ffi::AnyBuffer second, ffi::AnyBuffer rows,
                    ffi::AnyBuffer place, ffi::AnyBuffer chosen, ffi::AnyBuffer here, ffi::AnyBuffer weights,
                    ffi::Result<ffi::AnyBuffer> out, int64_t experts, int64_t shared) {
