@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import time
 
 import pytest
@@ -102,8 +103,11 @@ def test_killed_and_resumed(start, processes, alone, tmp_path, victims, then):
 
 
 def test_a_second_team_is_refused(start, processes, tmp_path):
-    start(2, pause=0.5)
+    start(2, pause=0.1)
     wait_for_journals(tmp_path / "ours", 2)
+    for index in range(2):
+        processes.signal(index, signal.SIGSTOP)
+    assert not checkpoint.is_checkpoint(tmp_path / "ours")
     (tmp_path / "second").mkdir()
     second = Processes(tmp_path / "second")
     start(2, running=second, at=free_port())
