@@ -2,19 +2,22 @@
 
 import collections
 import dataclasses
+import functools
 import re
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import pytest
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.engine.aot import decode_shape, lower_step, mixed_shape, prefill_shape
+from ernie_jax.engine.batching import StepShape
 from ernie_jax.engine.cache import PAGE_SIZE, bytes_per_token
 from ernie_jax.planner.hlo import collectives
-from ernie_jax.sharding import make_layout
+from ernie_jax.sharding import Layout, make_layout
 from tests.hopper.conftest import h100s
 
-LAYERS = 4  # of the model's 28, of which the first is dense: the others are alike
+LAYERS = 3  # of the model's 28, of which the first is dense: the others are alike
 PAGES = 2000
 # (sharding, GPUs, tokens of a decode step, of a prompt, or of a prompt beside 64 sequences)
 STEPS = [
@@ -33,9 +36,21 @@ STEPS = [
 ]
 
 
-def compile_step(sharding, gpus, kind, tokens, layers=LAYERS, forms=None, kv_dtype=None, **backends):
+class Compiled(NamedTuple):
+    config: ModelConfig
+    layout: Layout
+    shape: StepShape
+    memory: object  # what XLA says of it
+    text: str
+
+
+@functools.cache
+def compile_step(
+    sharding, gpus, kind, tokens, layers=LAYERS, quantize=None, embedding=False, kv_dtype=None, **backends
+):
     config = ModelConfig.from_file("configs/ernie-4.5-21b-a3b.json")
-    config = dataclasses.replace(config, num_hidden_layers=layers, num_nextn_predict_layers=0, **(forms or {}))
+    forms = {"quantize": quantize, "quantize_embedding": embedding}
+    config = dataclasses.replace(config, num_hidden_layers=layers, num_nextn_predict_layers=0, **forms)
     layout = make_layout(config, h100s(gpus), preset=sharding)
     if kind == "mixed":
         shape = mixed_shape(config, layout, 64, tokens, 8192)
@@ -43,14 +58,13 @@ def compile_step(sharding, gpus, kind, tokens, layers=LAYERS, forms=None, kv_dty
         shape = (prefill_shape if kind == "prefill" else decode_shape)(config, layout, tokens, 8192)
     lowered = lower_step(config, layout, jnp.bfloat16, shape, PAGES, kv_dtype=kv_dtype, **backends)
     compiled = lowered.compile()
-    return config, layout, shape, compiled
+    return Compiled(config, layout, shape, compiled.memory_analysis(), compiled.as_text())
 
 
 def test_shards_of_shared_experts_that_the_kernels_do_not_take():
     """Each of 8 GPUs has 384 of the shared experts' 3,072 columns, and the kernels go by 256: XLA computes those."""
-    _, layout, _, compiled = compile_step("expert", 8, "decode", 1)
+    _, layout, _, _, text = compile_step("expert", 8, "decode", 1)
     assert layout.size("mlp") == 8
-    text = compiled.as_text()
     assert "ernie_experts_half" not in text and "ernie_experts" in text
     assert "/shared/" in text
 
@@ -67,8 +81,7 @@ def launches(text):
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: "-".join(map(str, case)))
 def test_a_step_fits_and_sends_what_it_must(case):
-    config, layout, shape, compiled = compile_step(*case)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    config, layout, _, memory, text = compile_step(*case)
     cache = PAGES * PAGE_SIZE * bytes_per_token(config, jnp.bfloat16) // layout.size("kv_head")
     found = launches(text)
     print(f"{layout.describe()}: {len(found)} launches, temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB")
@@ -94,8 +107,7 @@ def test_a_step_fits_and_sends_what_it_must(case):
 @pytest.mark.parametrize(("kind", "tokens"), [("decode", 8), ("decode", 64), ("mixed", 2048)])
 def test_an_8_bit_cache(kind, tokens):
     """Decoding reads bytes; prompts read what one kernel a layer writes in bfloat16, of the pages of their rows."""
-    config, _, shape, compiled = compile_step("single", 1, kind, tokens, kv_dtype=jnp.int8)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    config, _, _, memory, text = compile_step("single", 1, kind, tokens, kv_dtype=jnp.int8)
     assert memory.alias_size_in_bytes >= PAGES * PAGE_SIZE * bytes_per_token(config, jnp.int8)
     check_no_large_copies(text)
     found = {name: text.count(f'custom_call_target="ernie_{name}"') for name in ("decode_attention", "widen_pages")}
@@ -126,8 +138,7 @@ def large(line):
 @pytest.mark.parametrize(("tokens", "backend"), [(8, "cuda"), (64, "dense")])
 def test_experts_of_other_gpus_are_read_where_they_lie(tokens, backend):
     """What GPUs that are not Hopper take: no experts are copied, transposed or converted, alone or in a fusion."""
-    config, *_, compiled = compile_step("single", 1, "decode", tokens, expert_backend=backend)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    config, _, _, memory, text = compile_step("single", 1, "decode", tokens, expert_backend=backend)
     assert text.count('custom_call_target="ernie_experts"') == (LAYERS - 1 if backend == "cuda" else 0)
     check_no_large_copies(text)
     down = config.moe_num_experts * config.moe_intermediate_size * config.hidden_size
@@ -135,17 +146,16 @@ def test_experts_of_other_gpus_are_read_where_they_lie(tokens, backend):
 
 
 def test_a_mixed_step_decodes_by_the_decode_kernel():
-    *_, shape, compiled = compile_step("single", 1, "mixed", 2048)
+    _, _, shape, _, text = compile_step("single", 1, "mixed", 2048)
     assert (shape.tokens, shape.decode) == (2112, 64)
-    text, moe_layers = compiled.as_text(), LAYERS - 1
+    moe_layers = LAYERS - 1
     assert text.count('custom_call_target="ernie_decode_attention"') == LAYERS
     assert text.count('custom_call_target="mosaic_gpu_v2"') == LAYERS + 2 * moe_layers  # prompts, and experts
 
 
 def test_products_by_cublas_write_what_is_read_next():
     """Their float32 results other kernels would have to round."""
-    *_, compiled = compile_step("single", 1, "prefill", 2048)
-    text = compiled.as_text()
+    *_, text = compile_step("single", 1, "prefill", 2048)
     entry = text[text.index("\nENTRY") :].splitlines()
     products = [i for i, line in enumerate(entry) if "matmul" in line and "custom_call_target" in line]
     shared = [i for i in products if "/shared/" in entry[i]]
@@ -159,8 +169,7 @@ def test_products_by_cublas_write_what_is_read_next():
 
 @pytest.mark.parametrize("tokens", [1, 8, 64, 256])
 def test_a_decode_step_is_our_kernels(tokens):
-    config, _, _, compiled = compile_step("single", 1, "decode", tokens)
-    text = compiled.as_text()
+    config, *_, text = compile_step("single", 1, "decode", tokens)
     launched, found = launches(text), collections.Counter(re.findall(r'custom_call_target="(\w+)"', text))
     moe_layers = sum(map(config.is_moe_layer, range(LAYERS)))
     if tokens == 1:  # nothing of XLA's stands between the halves of layers
@@ -187,9 +196,7 @@ def test_a_decode_step_is_our_kernels(tokens):
     ],
 )
 def test_quantised_weights_are_read_as_they_lie(form, kind, tokens, embedding):
-    forms = {"quantize": form, "quantize_embedding": embedding}
-    *_, compiled = compile_step("single", 1, kind, tokens, layers=2, forms=forms)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    *_, memory, text = compile_step("single", 1, kind, tokens, layers=2, quantize=form, embedding=embedding)
     print(f"temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB")
     found = collections.Counter(re.findall(r'custom_call_target="(\w+)"', text))
     assert found["ernie_attention_half"] == (2 if tokens <= 16 else 0)
