@@ -22,7 +22,6 @@ from ernie_jax.sharding import make_layout, single
 OPTIONS = EngineOptions(cache_tokens=1024, max_sequences=4, prefill_chunk=64, page_size=16)
 LAYOUTS = [
     ("int8+", "expert+tensor", "expert:4,tensor:2", 8),
-    ("int8", "exchange", "expert:8", 8),
     ("int4", "tensor", "tensor:2", 2),
     ("int4", "expert+tensor", "expert:2,tensor:2", 4),
     ("int4", "exchange", "expert:4", 4),
