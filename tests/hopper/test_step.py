@@ -4,17 +4,15 @@ import collections
 import dataclasses
 import functools
 import re
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import pytest
 
 from ernie_jax.config import ModelConfig
 from ernie_jax.engine.aot import decode_shape, lower_step, mixed_shape, prefill_shape
-from ernie_jax.engine.batching import StepShape
 from ernie_jax.engine.cache import PAGE_SIZE, bytes_per_token
 from ernie_jax.planner.hlo import collectives
-from ernie_jax.sharding import Layout, make_layout
+from ernie_jax.sharding import make_layout
 from tests.hopper.conftest import h100s
 
 LAYERS = 3  # of the model's 28, of which the first is dense: the others are alike
@@ -36,18 +34,11 @@ STEPS = [
 ]
 
 
-class Compiled(NamedTuple):
-    config: ModelConfig
-    layout: Layout
-    shape: StepShape
-    memory: object  # what XLA says of it
-    text: str
-
-
 @functools.cache
 def compile_step(
     sharding, gpus, kind, tokens, layers=LAYERS, quantize=None, embedding=False, kv_dtype=None, **backends
 ):
+    """Return config, layout, shape, and of the compiled program what it takes of memory and its text."""
     config = ModelConfig.from_file("configs/ernie-4.5-21b-a3b.json")
     forms = {"quantize": quantize, "quantize_embedding": embedding}
     config = dataclasses.replace(config, num_hidden_layers=layers, num_nextn_predict_layers=0, **forms)
@@ -58,7 +49,7 @@ def compile_step(
         shape = (prefill_shape if kind == "prefill" else decode_shape)(config, layout, tokens, 8192)
     lowered = lower_step(config, layout, jnp.bfloat16, shape, PAGES, kv_dtype=kv_dtype, **backends)
     compiled = lowered.compile()
-    return Compiled(config, layout, shape, compiled.memory_analysis(), compiled.as_text())
+    return config, layout, shape, compiled.memory_analysis(), compiled.as_text()
 
 
 def test_shards_of_shared_experts_that_the_kernels_do_not_take():

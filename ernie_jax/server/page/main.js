@@ -22,7 +22,7 @@ let card = null; // of the model
 let turns = []; // user's {element, messages} and Answers, in turn
 let running = null; // AbortController of the answer in the making
 let following = true; // whether the end is in sight, and stays so
-let early = false; // whether a message was sent before the model is known
+let early = ""; // the message that was sent before the model is known
 
 // Conversation ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ async function loadModel() {
   try {
     card = await fetchModel(settings.key);
   } catch (error) {
-    early = false;
+    early = "";
     const button = error.asksForKey
       ? make("button", { type: "button", onclick: () => openSettings("key") }, "Enter a key")
       : make("button", { type: "button", onclick: loadModel }, "Try again");
@@ -132,7 +132,7 @@ async function loadModel() {
   byId("model").textContent = card.id;
   byId("context").textContent = `${number(card.max_model_len)} tokens of context`;
   settings.showDefaults(card);
-  if (early) byId("composer").requestSubmit();
+  if (early && early === message.value.trim()) byId("composer").requestSubmit();
 }
 
 // Settings ----------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ function grow() {
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = message.value.trim();
-  early = !card;
+  early = card ? "" : text;
   if (running || byId("send").disabled || !text) return;
   message.value = "";
   grow();

@@ -58,18 +58,29 @@ def test_reasoning_is_folded_timed_and_sent_back(page, scripted):
     }  # fmt: skip
 
 
-def test_a_message_waits_for_the_model(page, scripted):
-    """Sent before the server has said which model there is, it goes out as soon as it has."""
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_message_waits_for_the_model(page, scripted, edited):
+    """Sent before the server has said which model there is, it goes out as soon as it has; not while it is edited."""
     scripted.answers.append(says("Well."))
     held = []
     page.route("**/v1/models", lambda route: held.append(route))
     page.goto(scripted.url)
     send(page)
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_disabled()
+    button, message = page.get_by_role("button", name="Send", exact=True), page.get_by_label("Message")
+    expect(button).to_be_disabled()
     expect(page.locator(".answer")).to_have_count(0)
+    if edited:
+        message.fill("Hello, wo")
+    while not held:
+        page.wait_for_timeout(20)
     held[0].continue_()
-    expect(page.locator(".answer .markdown")).to_have_text("Well.")
-    expect(page.get_by_label("Message")).to_have_value("")
+    if edited:
+        expect(button).to_be_enabled()
+        expect(message).to_have_value("Hello, wo")
+        assert not scripted.requests
+    else:
+        expect(page.locator(".answer .markdown")).to_have_text("Well.")
+        expect(message).to_have_value("")
 
 
 def test_usage_and_lengths(page, scripted):
