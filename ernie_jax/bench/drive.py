@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ernie_jax.engine import Engine, SamplingParams
-from ernie_jax.engine.batching import bucket
+from ernie_jax.engine import Engine, SamplingParams, shapes
 
 _FIRST_ID = 3  # after padding, start and end
 clock = time.perf_counter
@@ -69,10 +68,10 @@ def needed_tokens(engine: Engine, prompt: int, new: int) -> int:
 
 def decode_tokens(engine: Engine, batch: int) -> int:
     """Return the static number of tokens in a decode step of `batch` sequences."""
-    return bucket(batch, engine.options.max_sequences)
+    return shapes.decode_rows(batch, engine.options.max_sequences)
 
 
 def prefill_tokens(engine: Engine, total: int) -> int:
     """Return the static number of tokens in a step that takes as much as it may of `total` prompt tokens."""
     chunk = engine.options.prefill_chunk
-    return bucket(min(total, chunk), chunk, least=16)
+    return shapes.prefill_tokens(min(total, chunk), chunk)
