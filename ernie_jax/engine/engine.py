@@ -301,9 +301,7 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Dispatch the next step if there is one, and return the tokens that have arrived meanwhile."""
         plan = self._scheduler.plan()
-        events = self._set_sampler(plan.admitted)
-        more, dispatched = self._dispatch(plan)
-        events += more
+        events, dispatched = self._dispatch(plan)
         few = len(plan.decode) <= _FEW and not plan.chunks
         most = _STEPS_AHEAD_OF_FEW if few else _STEPS_AHEAD
         if not dispatched:
@@ -489,12 +487,13 @@ class Engine:
         else:
             parts, step = self._build(plan)
             if not parts:
-                return [], False
+                return self._set_sampler(plan.admitted), False
             shape, packed = step.shape, pack(step)
         self._devices.forward(shape, packed)
         if not plan.chunks:
             self._following = _Following(tasks, self._scheduler.changes, shape)
-        events, sampling = [], [(row, part.task) for row, part in enumerate(parts) if part.samples]
+        events = self._set_sampler(plan.admitted)  # while the devices compute
+        sampling = [(row, part.task) for row, part in enumerate(parts) if part.samples]
         if sampling:
             mask = None
             if any(sequence.grammar for _, sequence in sampling):
