@@ -507,21 +507,28 @@ class MoE(nnx.Module):
         return y, Routing(*routing)
 
     def _half_of_some(self, x, norm, shard, residual, backends, live):
-        """Let the router normalise for itself: its blocks have their places when the shared experts' products come."""
+        """Add the shared experts and x to the weighted sum of the others.
+
+        Our router normalises for itself: its blocks have their places when the shared experts' products come.
+        """
         router, experts = self.router, self.experts
         if router.backend(x, backends) == "xla" or experts.backend(x, router.k, shard, backends) != "mosaic":
             return None
-        along, addends = None, []
+        h, along, addends = materialized(norm(x), backends), None, []
         if hasattr(self, "shared"):
-            if isinstance(experts.down.kernel, Quantized) and len(x) > _BESIDE:
+            down, inner = experts.down.kernel, self.shared.down.kernel.shape[-1]
+            if len(x) > _BESIDE and takes_shared("mosaic", len(x), down.shape[-1], inner, down.dtype):
                 along = self.shared
             else:
                 with jax.named_scope("shared"):
-                    addends.append(self.shared.beside(materialized(norm(x), backends), shard, backends))
+                    addends.append(self.shared.beside(h, shard, backends))
         if residual:
             addends.append(x)
         with jax.named_scope("router"):
-            h, routing = router.after_norm(x, norm, backends)
+            if router.backend(x, backends) == "cuda":
+                h, routing = router.after_norm(x, norm, backends)
+            else:
+                routing = router(h, backends)
         with jax.named_scope("experts"):
             y = experts(h, routing.experts, routing.weights, shard, backends, along, live, addends)
         return y, routing

@@ -56,9 +56,15 @@ def norm_and_route(
 
 
 def default_router_backend(platform: str, tokens: int, width: int, experts: int, k: int, dtype: jnp.dtype) -> str:
-    """Choose a backend: on GPUs our kernel for up to some hundreds of tokens, where it takes the shapes."""
-    few = tokens <= 512
-    return "cuda" if platform == "gpu" and few and router_problem(width, experts, k, dtype) is None else "xla"
+    """Choose a backend.
+
+    On GPUs our kernel for up to some hundreds of tokens, where it takes the shapes; "split" for others in bfloat16.
+    """
+    if platform != "gpu":
+        return "xla"
+    if tokens <= 512 and router_problem(width, experts, k, dtype) is None:
+        return "cuda"
+    return "split" if dtype == jnp.bfloat16 else "xla"
 
 
 def router_problem(width: int, experts: int, k: int, dtype: jnp.dtype) -> str | None:
@@ -75,7 +81,30 @@ def router_problem(width: int, experts: int, k: int, dtype: jnp.dtype) -> str | 
 def _xla(x, weight, correction_bias, k, norm_min, norm=None):
     """The reference."""
     x = x if norm is None else rms_norm(x, *norm)
-    logits = einsum("td,ed->te", x.astype(jnp.float32), weight)
+    return _choose(x, einsum("td,ed->te", x.astype(jnp.float32), weight), correction_bias, k, norm_min)
+
+
+def _split(x, weight, correction_bias, k, norm_min, norm=None):
+    """Have tensor cores multiply bfloat16 tokens by the three bfloat16 numbers that a float32 weight is the sum of.
+
+    Each of these products is exact in float32, as those of the reference are not. Tensor cores cut sums off where
+    others round them, so they add up a few hundred inputs and no more.
+    """
+    if x.dtype != jnp.bfloat16:
+        raise UserError(f"router backend split takes bfloat16, not {x.dtype.name}; use router backend xla")
+    x = x if norm is None else rms_norm(x, *norm)
+    parts = []
+    for _ in range(3):
+        # A conversion there and back is what XLA would leave out.
+        parts.append(jax.lax.reduce_precision(weight, exponent_bits=8, mantissa_bits=7))
+        weight -= parts[-1]
+    pieces = next(count for count in (4, 2, 1) if x.shape[1] % count == 0)
+    rows, parts = (a.reshape(*a.shape[:-1], pieces, -1) for a in (x, jnp.stack(parts).astype(x.dtype)))
+    logits = einsum("tcd,pecd->cpte", rows, parts, jnp.float32).sum(0)
+    return _choose(x, logits[2] + logits[1] + logits[0], correction_bias, k, norm_min)
+
+
+def _choose(x, logits, correction_bias, k, norm_min):
     probabilities = jax.nn.softmax(logits, axis=-1)
     _, experts = jax.lax.top_k(probabilities + correction_bias, k)
     weights = jnp.take_along_axis(probabilities, experts, axis=-1)
@@ -102,4 +131,4 @@ def _cuda(x, weight, correction_bias, k, norm_min, norm=None, clusters=True):
     return normalised if norm else x, *routing
 
 
-ROUTER_BACKENDS = {"xla": _xla, "cuda": _cuda}
+ROUTER_BACKENDS = {"xla": _xla, "split": _split, "cuda": _cuda}

@@ -25,6 +25,13 @@ def test_matches_float64(tokens, bias, rng):
     cases.check_routing(*inputs, 6, *cases.run_route(inputs))
 
 
+@pytest.mark.parametrize("tokens", [513, 2048, 8192])
+def test_prompts_on_tensor_cores(tokens, rng):
+    """XLA must not simplify away that a weight is the sum of three parts."""
+    inputs = cases.draw_router(rng, tokens)
+    cases.check_routing(*inputs, 6, *cases.run_route(inputs, backend="split"))
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 9, 33, 64, 100, 512])
 def test_norm_and_routing_match_float64(tokens, rng):
     cases.check_norm_and_routing(rng, tokens)

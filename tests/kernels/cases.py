@@ -148,9 +148,9 @@ def check_routing(x, weight, bias, k, experts, weights, probabilities):
     np.testing.assert_allclose(np.asarray(weights, np.float64), chosen / chosen.sum(1, keepdims=True), rtol=2**-8)
 
 
-def run_route(inputs, k=6, norm_min=NORM_MIN):
-    """Route by our kernel, in a program of its own."""
-    return jax.jit(route, static_argnums=(3, 4, 5))(*inputs, k, norm_min, "cuda")
+def run_route(inputs, k=6, norm_min=NORM_MIN, backend="cuda"):
+    """Route in a program of its own."""
+    return jax.jit(route, static_argnums=(3, 4, 5))(*inputs, k, norm_min, backend)
 
 
 def check_norm_and_routing(rng, tokens, width=2560, experts=64, k=6):

@@ -22,11 +22,12 @@ def draw(rng, tokens, width, experts, bias, dtype):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("backend", "dtype"), [("xla", jnp.float32), ("xla", jnp.bfloat16), ("split", jnp.bfloat16)])
 @pytest.mark.parametrize("tokens", [1, 33])
-def test_matches_float64(tokens, dtype, bias, rng):
+def test_matches_float64(tokens, backend, dtype, bias, rng):
     inputs = draw(rng, tokens, 256, 64, bias, dtype)
-    experts, weights, probabilities = jax.jit(functools.partial(route, **SETTINGS))(*inputs)
+    run = jax.jit(functools.partial(route, **SETTINGS, backend=backend))
+    experts, weights, probabilities = run(*inputs)
     assert (experts.dtype, weights.dtype, probabilities.dtype) == (jnp.int32, dtype, jnp.float32)
     x, weight, offsets = (np.asarray(a, np.float64) for a in inputs)
     expected = np.exp(x @ weight.T)
@@ -62,17 +63,19 @@ def test_small_probabilities_are_divided_by_norm_min(rng):
         (("gpu", 512, 8192, 64, 8, jnp.bfloat16), "cuda"),
         (("cpu", 1, 2560, 64, 6, jnp.bfloat16), "xla"),
         (("tpu", 1, 2560, 64, 6, jnp.bfloat16), "xla"),
-        (("gpu", 513, 2560, 64, 6, jnp.bfloat16), "xla"),
+        (("gpu", 513, 2560, 64, 6, jnp.bfloat16), "split"),
+        (("gpu", 513, 2560, 64, 6, jnp.float32), "xla"),
         (("gpu", 1, 2560, 64, 6, jnp.float32), "xla"),
-        (("gpu", 1, 2592, 64, 6, jnp.bfloat16), "xla"),
-        (("gpu", 1, 2560, 257, 6, jnp.bfloat16), "xla"),
-        (("gpu", 1, 2560, 64, 17, jnp.bfloat16), "xla"),
+        (("gpu", 1, 2592, 64, 6, jnp.bfloat16), "split"),
+        (("gpu", 1, 2560, 257, 6, jnp.bfloat16), "split"),
+        (("gpu", 1, 2560, 64, 17, jnp.bfloat16), "split"),
     ],
 )
 def test_default_backend(arguments, backend):
     assert default_router_backend(*arguments) == backend
 
 
-def test_the_kernel_says_what_it_does_not_take(rng):
+@pytest.mark.parametrize("backend", ["cuda", "split"])
+def test_a_backend_says_what_it_does_not_take(backend, rng):
     with pytest.raises(UserError, match="takes bfloat16, not float32; use router backend xla"):
-        route(*draw(rng, 1, 128, 16, False, jnp.float32), **SETTINGS, backend="cuda")
+        route(*draw(rng, 1, 128, 16, False, jnp.float32), **SETTINGS, backend=backend)
