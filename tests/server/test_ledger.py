@@ -74,8 +74,7 @@ def test_exact_under_many_threads(path):
     prompt = sum(range(each)) * threads // 4
     count = threads // 4 * each
     expected = [
-        Total(f"key-{key}", None, count, 0, prompt, each * sum(range(key, threads, 4)), count)
-        for key in range(4)
+        Total(f"key-{key}", None, count, 0, prompt, each * sum(range(key, threads, 4)), count) for key in range(4)
     ]
     assert totals(path) == expected
 

@@ -1,6 +1,5 @@
 """The experts of answers and of all traffic are those that the bare model chooses."""
 
-
 import time
 
 import httpx2
@@ -72,8 +71,9 @@ def test_completions_tell_the_experts_that_the_model_chose(client, llm):
         assert choice.routing == {"layers": LAYERS, "num_experts": 8, "experts": experts}
     assert joined(list(complete(client, prompt, stream=True))) == experts
     assert client.models.retrieve(NAME).num_experts == 8
-    plain = complete(client, prompt, body=None).choices[0], *(
-        chunk.choices[0] for chunk in complete(client, prompt, body=None, stream=True)
+    plain = (
+        complete(client, prompt, body=None).choices[0],
+        *(chunk.choices[0] for chunk in complete(client, prompt, body=None, stream=True)),
     )
     assert not any("routing" in choice.model_extra for choice in plain)
 

@@ -62,9 +62,7 @@ def test_a_storm(llm, tmp_path):
     ledger = Ledger(path)
     with (
         open(os.devnull, "w") as nowhere,
-        running(
-            llm, max_waiting=STREAMS, ledger=FileLedger(ledger), metrics=Metrics(), log=Log(nowhere)
-        ) as server,
+        running(llm, max_waiting=STREAMS, ledger=FileLedger(ledger), metrics=Metrics(), log=Log(nowhere)) as server,
     ):
         storm = Storm(int(server.url.rpartition(":")[2]), questions(21), seed)
         watcher = threading.Thread(target=watch, args=(over, memory))

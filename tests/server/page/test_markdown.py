@@ -30,7 +30,7 @@ CASES = {
     "rules": ("a\n\n---\nb\n***\n", "<p>a</p><hr><p>b</p><hr>"),
     "lists": (
         "- a\n- **b**\n  more\n\n1. c\n2. d\n\ntext",
-        "<ul><li>a</li><li><strong>b</strong>\nmore</li></ul><ol start=\"1\"><li>c</li><li>d</li></ol><p>text</p>",
+        '<ul><li>a</li><li><strong>b</strong>\nmore</li></ul><ol start="1"><li>c</li><li>d</li></ol><p>text</p>',
     ),
     "nested lists": (
         "3. a\n   - b\n     - c\n   - d\n4. e",
