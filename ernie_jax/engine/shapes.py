@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -76,8 +75,7 @@ class Shapes:
             for share, several in itertools.product(self._shares(size), (False, True) if self.pads else (True,)):
                 runs = self.groups * PREFILL_ROWS if several else 1
                 # More than `before` tokens in so many runs, of which none is longer than a sequence.
-                longer = functools.partial(bucket, factor=8)
-                for longest in _sizes(longer, min(share, cached), first=before // runs + 1):
+                for longest in _sizes(_query, min(share, cached), first=before // runs + 1):
                     yield self._prefill(size, share, several, longest, pages)
             before = size
         leads = dict.fromkeys(map(self._lead, range(1, self.max_sequences + 1)))
@@ -93,7 +91,7 @@ class Shapes:
         several = several or not self.pads  # unused rows cost little then
         group_rows = PREFILL_ROWS if several else 1
         rows = self.groups * PREFILL_ROWS if several else 1
-        query = bucket(longest, group_tokens, factor=8) if several and self.pads else group_tokens
+        query = _query(longest, group_tokens) if several and self.pads else group_tokens
         return StepShape(tokens, rows, group_tokens, group_rows, pages, query)
 
     def _mixed(self, lead: int, tokens: int, group_tokens: int, several: bool, longest: int, pages: int) -> StepShape:
@@ -126,13 +124,21 @@ class Shapes:
 
 def decode_rows(sequences: int, most: int) -> int:
     """Return the static size of a decode step of so many sequences, of an engine that takes `most`."""
-    return bucket(sequences, most) if sequences <= _MANY_ROWS else bucket(sequences, most, factor=2, least=_MANY_ROWS)
+    return _rounded_up(sequences, most, least=1, many=_MANY_ROWS)
 
 
 def prefill_tokens(tokens: int, most: int) -> int:
     """Return the static size of a step of so many prompt tokens, of an engine that takes `most` in one."""
-    few = tokens <= _MANY_TOKENS
-    return bucket(tokens, most, least=_LEAST_PREFILL) if few else bucket(tokens, most, factor=2, least=_MANY_TOKENS)
+    return _rounded_up(tokens, most, least=_LEAST_PREFILL, many=_MANY_TOKENS)
+
+
+def _rounded_up(count: int, most: int, least: int, many: int) -> int:
+    return bucket(count, most, least=least) if count <= many else bucket(count, most, factor=2, least=many)
+
+
+def _query(longest: int, most: int) -> int:
+    """Return the static length of a step's longest chunk."""
+    return bucket(longest, most, factor=8)
 
 
 def _sizes(size_of: Callable[[int, int], int], most: int, first: int = 1) -> list[int]:

@@ -273,7 +273,7 @@ class Routing(NamedTuple):
       experts: [T, k] int32.
       weights: [T, k].
       probabilities: [T, E] float32.
-      log_total: [T] float32, the logarithm of what the exponentials of the logits add up to; None of kernels.
+      log_total: [T] float32, the logarithm of what the exponentials of the logits add up to; of the reference only.
     """
 
     experts: jax.Array

@@ -44,3 +44,19 @@ def test_every_shape_of_two_groups_is_compiled(pads):
     alone = {shapes.choose([0, 0], split, CONTEXT) for split in splits}
     beside = {shapes.choose([1, 2], split, CONTEXT) for split in splits if sum(map(sum, split)) <= 32}
     assert alone | beside <= set(shapes.all(CONTEXT))
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1024, 1024), (1025, 2048), (2048, 2048), (2049, 4096), (4097, 8000)])
+def test_large_prompts_are_rounded_up_by_less(tokens, size):
+    shapes = Shapes(1, 200, 8000, 2048, page_size=64, max_pages=128, pads=False, splits=True)
+    chosen = shapes.choose([0], [[tokens]], tokens)
+    assert chosen.tokens == size
+    assert chosen in shapes.all(8000)
+
+
+@pytest.mark.parametrize(("sequences", "size"), [(64, 64), (65, 128), (128, 128), (129, 200)])
+def test_many_sequences_are_rounded_up_by_less(sequences, size):
+    shapes = Shapes(1, 200, 8000, 2048, page_size=64, max_pages=128, pads=False, splits=True)
+    chosen = shapes.choose([sequences], [[]], 300)
+    assert (chosen.tokens, chosen.rows) == (size, size)
+    assert chosen in shapes.all(300)
