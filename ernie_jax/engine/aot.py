@@ -14,7 +14,7 @@ from ernie_jax.engine.shapes import Shapes
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.kernels import compiling_for
 from ernie_jax.model import abstract_model
-from ernie_jax.ops import default_attention_backend, pads_queries
+from ernie_jax.ops import default_attention_backend, step_needs
 from ernie_jax.sharding import Layout
 
 
@@ -109,8 +109,8 @@ def _shapes(config, layout, batch, chunk, page_size, dtype, kv_dtype) -> Shapes:
     kv_heads = config.num_key_value_heads // layout.size("kv_head")
     backend = default_attention_backend(layout.platform, config.head_dim, dtype, kv_heads, kv_dtype)
     with compiling_for(layout.capability):
-        pads = pads_queries(backend, page_size)
-    return Shapes(layout.groups, batch, chunk, chunk, page_size, pages, pads=pads, splits=backend != "rpa")
+        needs = step_needs(backend, page_size)
+    return Shapes(layout.groups, batch, chunk, chunk, page_size, pages, *needs)
 
 
 def _even(batch: int, layout: Layout) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ class StepShape:
       pages: width of the page tables.
       query: most new tokens of a row.
       decode: how many leading rows of a group have one token each, unused ones included; 0: that is not fixed.
+      alignment: of a group's tokens behind those, each run begins at a multiple of so many.
     """
 
     tokens: int
@@ -51,6 +53,7 @@ class StepShape:
     pages: int
     query: int
     decode: int = 0
+    alignment: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,13 @@ def bucket(count: int, most: int, factor: int = 4, least: int = 1) -> int:
     return min(size, most)
 
 
+def aligned(lengths: Sequence[int], alignment: int) -> np.ndarray:
+    """Return how many tokens of a step runs of such lengths take up, each but the last rounded up."""
+    sizes = np.array(lengths, np.int32)
+    sizes[:-1] = -(-sizes[:-1] // alignment) * alignment
+    return sizes
+
+
 def table_width(needed: int, max_pages: int, page_size: int, pads: bool) -> int:
     """Return the static width of a page table for rows of up to `needed` pages.
 
@@ -103,7 +113,8 @@ def build_step(runs: Sequence[Sequence[Run]], shape: StepShape, *, page_size: in
       scratch_page: entry of unused places in the page tables.
     """
     sizes = {"tokens": shape.group_tokens, "rows": shape.group_rows, "pages": shape.pages, "query": shape.query}
-    sizes |= {"decode": shape.decode, "page_size": page_size, "scratch_page": scratch_page}
+    sizes |= {"decode": shape.decode, "alignment": shape.alignment}
+    sizes |= {"page_size": page_size, "scratch_page": scratch_page}
     groups = [build_batch(group, **sizes) for group in runs]
     counts = np.array([batch.starts[-1] for batch in groups], np.int32)
     group_starts = np.cumsum(counts, dtype=np.int32) - counts
@@ -115,7 +126,8 @@ def build_step(runs: Sequence[Sequence[Run]], shape: StepShape, *, page_size: in
     ]
     firsts = np.concatenate(firsts).astype(np.int32)
     tokens = np.full(shape.tokens, NO_TOKEN, np.int32)
-    tokens[np.repeat(firsts, lengths) + _within(lengths)] = [token for run in every for token in run.tokens]
+    known = itertools.chain.from_iterable(run.tokens for run in every)
+    tokens[np.repeat(firsts, lengths) + _within(lengths)] = np.fromiter(known, np.int32)
     last = np.zeros(shape.rows, np.int32)
     last[: len(every)] = firsts + lengths - 1
     slots = np.full(shape.rows, NO_SLOT, np.int32)
@@ -135,12 +147,15 @@ def build_batch(
     page_size: int,
     scratch_page: int,
     decode: int = 0,
+    alignment: int = 1,
 ) -> RaggedBatch:
     """Describe the runs of one data group to its attention, in arrays of the given static sizes."""
     places = _rows(runs, decode)
     lengths = np.array([len(run.tokens) for run in runs], np.int32)
     starts = np.zeros(rows + 1, np.int32)
-    starts[1 + places] = lengths
+    behind = places >= decode
+    starts[1 + places[~behind]] = lengths[~behind]
+    starts[1 + places[behind]] = aligned(lengths[behind], alignment)
     starts = np.cumsum(starts, dtype=np.int32)
     starts[decode:] += max(0, decode - starts[decode])  # the fixed part's unused tokens
     before = np.array([run.start for run in runs], np.int32)
@@ -156,7 +171,8 @@ def build_batch(
     counts = np.array([len(part) for part in reserved], np.int32)
     table = np.full((rows, pages), scratch_page, np.int32)
     table[np.repeat(places, counts), _within(counts)] = [page for part in reserved for page in part]
-    return RaggedBatch(positions, batch_rows, starts, kv_lengths, table, max_query=query, decode=decode)
+    fields = positions, batch_rows, starts, kv_lengths, table
+    return RaggedBatch(*fields, max_query=query, decode=decode, alignment=alignment)
 
 
 def _rows(runs: Sequence[Run], decode: int) -> np.ndarray:
@@ -199,7 +215,8 @@ class Packed(NamedTuple):
         """Return what the group's attention needs."""
         table = self.table.reshape(shape.group_rows, shape.pages)
         fields = self.positions, self.rows, self.starts, self.lengths, table
-        return RaggedBatch(*fields, max_query=shape.query, decode=shape.decode)
+        static = {"max_query": shape.query, "decode": shape.decode, "alignment": shape.alignment}
+        return RaggedBatch(*fields, **static)
 
     def advance(self) -> Packed:
         """Return the decode step that follows this one, for the same sequences."""

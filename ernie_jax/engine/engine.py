@@ -127,7 +127,6 @@ class Engine:
         self._group_pages = -(-tokens // options.page_size) + 1  # the last is scratch, for padding
         sizes = self.config, self.kv_dtype, self._group_pages, options.page_size
         self._pools = [PagePool(self._group_pages - 1) for _ in range(self._groups)]
-        self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
         self._step = DeviceStep(model, layout, **options.backends, kv_dtype=self.kv_dtype)
         self._shapes = Shapes(
             self._groups,
@@ -135,10 +134,10 @@ class Engine:
             options.prefill_chunk,
             options.mixed_chunk,
             options.page_size,
-            max_pages=-(-self.config.max_position_embeddings // options.page_size),
-            pads=self._step.pads_queries(options.page_size),
-            splits=self._step.attention_backend != "rpa",
+            -(-self.config.max_position_embeddings // options.page_size),
+            *self._step.needs(options.page_size),
         )
+        self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
         sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)
         self._devices = Devices(self._step, sampler, functools.partial(cache.make_pages, *sizes, layout))
         self._between_gaps = cache.leave_gaps(layout)  # only to live as long as this
@@ -389,8 +388,9 @@ class Engine:
         """
         if not tokens:
             raise UserError("the prompt is empty; give it at least one token")
-        if bad := [t for t in tokens if not 0 <= t < self.config.vocab_size]:
-            raise UserError(f"token id {bad[0]} is outside the vocabulary of {self.config.vocab_size}")
+        if min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
+            bad = next(t for t in tokens if not 0 <= t < self.config.vocab_size)
+            raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
 
     def shapes(self, context: int | None = None) -> list[StepShape]:
         """Return the shapes of steps, each a program, of sequences of up to `context` tokens; default: the longest."""
@@ -453,6 +453,7 @@ class Engine:
             slots=slots,
             prefill_chunk=options.prefill_chunk,
             mixed_chunk=options.mixed_chunk,
+            alignment=self._shapes.alignment,
             prefix_caching=prefix_caching,
         )
 

@@ -17,9 +17,10 @@ def extend_keys(keys: list[bytes], tokens: Sequence[int], page_size: int) -> Non
 
     A page's key is a hash of its tokens and the key before, so that equal keys mean equal prefixes.
     """
+    content = memoryview(np.asarray(tokens, np.int32))
     for end in range(page_size, len(tokens) + 1, page_size):
-        content = np.asarray(tokens[end - page_size : end], np.int32).tobytes()
-        keys.append(hashlib.blake2b(content, digest_size=16, key=keys[-1] if keys else b"").digest())
+        page = content[end - page_size : end]
+        keys.append(hashlib.blake2b(page, digest_size=16, key=keys[-1] if keys else b"").digest())
 
 
 class PagePool:

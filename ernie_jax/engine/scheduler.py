@@ -130,6 +130,7 @@ class Scheduler:
         slots: int,
         prefill_chunk: int,
         mixed_chunk: int,
+        alignment: int,
         prefix_caching: bool,
     ):
         """Start without sequences.
@@ -137,6 +138,7 @@ class Scheduler:
         Args:
           slots: sequences that run at the same time.
           prefill_chunk, mixed_chunk: most prompt tokens of a step, alone and beside decoding sequences.
+          alignment: chunks begin at multiples of so many tokens of a step.
         """
         self.waiting: list[Task] = []
         self.running: list[Task] = []
@@ -147,6 +149,7 @@ class Scheduler:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._prefill_chunk = prefill_chunk
         self._mixed_chunk = mixed_chunk
+        self._alignment = alignment
         self._prefix_caching = prefix_caching
 
     def add(self, task: Task) -> None:
@@ -213,7 +216,8 @@ class Scheduler:
         chosen = []
         for group in groups:
             mine = [task for task in unfinished if task.group == group]
-            counts = take_chunks([t.target - t.computed for t in mine], budget // len(groups), PREFILL_ROWS)
+            waiting = [task.target - task.computed for task in mine]
+            counts = take_chunks(waiting, budget // len(groups), PREFILL_ROWS, self._alignment)
             chosen += zip(mine, counts, strict=False)
         return chosen
 
@@ -336,9 +340,10 @@ class Scheduler:
                 self.changes += 1
 
 
-def take_chunks(waiting: Sequence[int], budget: int, rows: int) -> list[int]:
+def take_chunks(waiting: Sequence[int], budget: int, rows: int, alignment: int) -> list[int]:
     """Say how many tokens of each waiting run go into the next step, in order: at most `budget` tokens, `rows` runs.
 
+    Each run begins at a multiple of `alignment` tokens; what is left free before it counts.
     The reference attention pads all runs of a step to the longest, so a run joins only while that stays within twice
     the budget.
     """
@@ -349,5 +354,5 @@ def take_chunks(waiting: Sequence[int], budget: int, rows: int) -> list[int]:
         if chunk == 0 or (chunks and (len(chunks) + 1) * max(*chunks, chunk) > 2 * budget):
             break
         chunks.append(chunk)
-        left -= chunk
+        left = max(0, left - -(-chunk // alignment) * alignment)
     return chunks

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from ernie_jax.engine.batching import StepShape, bucket, table_width
+from ernie_jax.engine.batching import StepShape, aligned, bucket, table_width
 from ernie_jax.engine.scheduler import PREFILL_ROWS
 
 _LEAST_PREFILL = 16
@@ -29,6 +29,7 @@ class Shapes:
       max_pages: of the longest sequence.
       pads: attention pads chunks to the shape's longest and tables to their width, so that several sizes of these pay.
       splits: the decoding part of a mixed step has a fixed size, as attention backends need that compute it apart.
+      alignment: chunks begin at multiples of so many tokens, as attention backends need that copy groups of them.
     """
 
     groups: int
@@ -39,6 +40,7 @@ class Shapes:
     max_pages: int
     pads: bool
     splits: bool
+    alignment: int
 
     def choose(self, decode: Sequence[int], chunks: Sequence[Sequence[int]], longest: int) -> StepShape:
         """Return the shape for so many decoding sequences and chunks of such lengths in each data group.
@@ -52,12 +54,13 @@ class Shapes:
         if not lengths:
             rows = decode_rows(total, self.max_sequences)
             return self._decode(rows, self._share(rows, most), pages)
-        tokens, runs = max(map(sum, chunks)), max(map(len, chunks))
+        sizes = [int(aligned(group, self.alignment).sum()) for group in chunks]
+        tokens, runs = max(sizes), max(map(len, chunks))
         if not total:
-            size = prefill_tokens(sum(lengths), self.prefill_chunk)
+            size = prefill_tokens(sum(sizes), self.prefill_chunk)
             return self._prefill(size, self._share(size, tokens), len(lengths) > 1, max(lengths), pages)
         few = self._few(self.mixed_chunk)
-        size = few if sum(lengths) <= few else self.mixed_chunk
+        size = few if sum(sizes) <= few else self.mixed_chunk
         return self._mixed(self._lead(most), size, self._share(size, tokens), runs > 1, max(lengths), pages)
 
     def all(self, context: int) -> list[StepShape]:
@@ -92,7 +95,7 @@ class Shapes:
         group_rows = PREFILL_ROWS if several else 1
         rows = self.groups * PREFILL_ROWS if several else 1
         query = _query(longest, group_tokens) if several and self.pads else group_tokens
-        return StepShape(tokens, rows, group_tokens, group_rows, pages, query)
+        return StepShape(tokens, rows, group_tokens, group_rows, pages, query, alignment=self.alignment)
 
     def _mixed(self, lead: int, tokens: int, group_tokens: int, several: bool, longest: int, pages: int) -> StepShape:
         rows, query, few = lead + PREFILL_ROWS, group_tokens, self._few(group_tokens)
@@ -102,7 +105,8 @@ class Shapes:
             query = few
         total = self.groups * lead + tokens
         decode = lead if self.splits else 0
-        return StepShape(total, self.groups * rows, lead + group_tokens, rows, pages, query, decode)
+        group = lead + group_tokens
+        return StepShape(total, self.groups * rows, group, rows, pages, query, decode, self.alignment)
 
     def _width(self, longest: int) -> int:
         return table_width(-(-longest // self.page_size), self.max_pages, self.page_size, self.pads)

@@ -221,7 +221,7 @@ class Attention(nnx.Module):
     ):
         """Return the sum over this shard's heads [..., D], and the cache."""
         qkv = self.qkv("...d,krhd->...krh", x, backends)
-        if isinstance(attend, PagedAttention) and attend.takes_unrotated(len(qkv)):
+        if isinstance(attend, PagedAttention) and attend.takes_unrotated:
             out, cache = attend.rotating(qkv, angles, cache)
         else:
             rotated = rotate(qkv[..., :-1, :], angles[..., None, :])  # queries and the key

@@ -5,10 +5,11 @@ from ernie_jax.ops.attention import (
     ATTENTION_BACKENDS,
     PagedAttention,
     RaggedBatch,
+    StepNeeds,
     check_attention_backend,
     default_attention_backend,
-    pads_queries,
     paged_attention,
+    step_needs,
 )
 from ernie_jax.ops.embedding import embed
 from ernie_jax.ops.exchange import EXCHANGE_BACKENDS, default_exchange_backend, exchange_mlp
@@ -63,6 +64,7 @@ __all__ = [
     "PagedAttention",
     "Quantized",
     "RaggedBatch",
+    "StepNeeds",
     "attention_half",
     "attention_half_problem",
     "check_attention_backend",
@@ -90,11 +92,11 @@ __all__ = [
     "packed_attention",
     "packed_problem",
     "paged_attention",
-    "pads_queries",
     "quantize",
     "quantized_specs",
     "rms_norm",
     "route",
+    "step_needs",
     "swiglu",
     "takes_shared",
     "trained_experts_problem",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from ernie_jax.errors import UserError
-from ernie_jax.ops.decode_attention import MOST_TOKENS, decode_attention, decode_problem
+from ernie_jax.ops.decode_attention import decode_attention, decode_problem
 from ernie_jax.ops.pages import Pages, is_scaled, take, write
 from ernie_jax.ops.precision import einsum
-from ernie_jax.ops.prefill_attention import prefill, takes_prefill
+from ernie_jax.ops.prefill_attention import ALIGNMENT, prefill, takes_prefill
 
 _BLOCK = 2048  # cached positions that one step of the online softmax looks at
 _MASKED = -1e30  # finite, so that a fully masked row gives a finite (and unused) result instead of NaN
@@ -22,7 +23,7 @@ _MASKED = -1e30  # finite, so that a fully masked row gives a finite (and unused
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "rows", "starts", "kv_lengths", "page_table"],
-    meta_fields=["max_query", "decode"],
+    meta_fields=["max_query", "decode", "alignment"],
 )
 @dataclasses.dataclass(frozen=True)
 class RaggedBatch:
@@ -40,6 +41,8 @@ class RaggedBatch:
         no sequence, and padding tokens may write there.
       max_query: static; no sequence brings more new tokens than this.
       decode: static; the first so many tokens are of the first so many sequences, one each, or padding. 0: not known.
+      alignment: static; behind those a sequence begins at a multiple of so many tokens, so that the last up to
+        starts[b + 1] may be padding.
     """
 
     positions: jax.Array
@@ -49,6 +52,7 @@ class RaggedBatch:
     page_table: jax.Array
     max_query: int
     decode: int = 0
+    alignment: int = 1
 
     def split(self) -> tuple[RaggedBatch, RaggedBatch]:
         """Return the leading part with one token a sequence, and the rest."""
@@ -69,6 +73,7 @@ class RaggedBatch:
                 self.kv_lengths[n:],
                 self.page_table[n:],
                 max_query=self.max_query,
+                alignment=self.alignment,
             ),
         )
 
@@ -102,7 +107,7 @@ def paged_attention(
         out, pages = jax.lax.optimization_barrier((out, pages))  # all is read before the rest is written, in place
         more, pages = paged_attention(*(x[batch.decode :] for x in (q, k, v)), pages, rest, backend)
         return jnp.concatenate([out, more]), pages
-    if backend == "cuda" and batch.max_query == 1 and len(q) <= MOST_TOKENS:
+    if backend == "cuda" and batch.max_query == 1:
         return decode_attention(jnp.concatenate([q, k[:, :, None], v[:, :, None]], axis=2), None, pages, batch)
     pages = _write(k, v, pages, batch)
     return ATTENTION_BACKENDS[backend](q, pages, batch), pages
@@ -118,9 +123,10 @@ class PagedAttention:
     def __call__(self, q, k, v, pages):
         return paged_attention(q, k, v, pages, self.batch, self.backend)
 
-    def takes_unrotated(self, tokens: int) -> bool:
-        """Tell whether `rotating` is there for a step of so many tokens."""
-        return self.backend == "cuda" and self.batch.max_query == 1 and tokens <= MOST_TOKENS
+    @property
+    def takes_unrotated(self) -> bool:
+        """Tell whether `rotating` is there."""
+        return self.backend == "cuda" and self.batch.max_query == 1
 
     def rotating(self, qkv, angles, pages):
         """Rotate the queries and the key of qkv [T, K, R + 2, H] by angles [T, H / 2], and attend, in one kernel."""
@@ -152,9 +158,24 @@ def check_attention_backend(
         raise UserError(f"attention backend {backend} {problem}; use attention backend xla")
 
 
-def pads_queries(backend: str, page_size: int) -> bool:
-    """Tell whether a backend pads all runs of a step to `max_query`, so that a tight one saves work."""
-    return backend == "xla" or (backend == "cuda" and not takes_prefill(page_size))
+class StepNeeds(NamedTuple):
+    """What a backend asks of the static shape of a step.
+
+    Attributes:
+      pads: all runs of a step are padded to `max_query`, so that a tight one saves work.
+      splits: `decode` must be known where sequences with one token come with others.
+      alignment: of a batch.
+    """
+
+    pads: bool
+    splits: bool
+    alignment: int
+
+
+def step_needs(backend: str, page_size: int) -> StepNeeds:
+    """Return what a backend asks of steps over such pages."""
+    tiles = backend == "cuda" and takes_prefill(page_size)
+    return StepNeeds(backend != "rpa" and not tiles, backend != "rpa", ALIGNMENT if tiles else 1)
 
 
 def _problem(backend, head_dim, dtype, kv_heads, kv_dtype):

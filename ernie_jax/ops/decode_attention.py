@@ -9,7 +9,7 @@ from ernie_jax import kernels
 from ernie_jax.errors import UserError
 from ernie_jax.ops.pages import Pages, arrays, described, rebuilt
 
-MOST_TOKENS = 2048  # of a step, as in kernels/attention.cu
+_MOST_TOKENS = 2048  # of a call, as in kernels/attention.cuh
 _BLOCKS = 512  # with a partial result each
 _PITCH = 132  # floats of one: its dims, maximum and sum, and two to keep it aligned
 
@@ -37,7 +37,7 @@ def decode_attention(
     pages: Pages,
     batch,
 ) -> tuple[jax.Array, Pages]:
-    """Do what `paged_attention` does for a step of at most one token a sequence and MOST_TOKENS in all.
+    """Do what `paged_attention` does for a step of at most one token a sequence.
 
     Padding tokens come back zero and write nothing. The pages are updated in place where they are donated.
 
@@ -48,6 +48,17 @@ def decode_attention(
     tokens, kv_heads, lines, head_dim = qkv.shape
     if problem := decode_problem(head_dim, qkv.dtype, pages.dtype, lines - 2, pages.shape[1]):
         raise UserError(f"attention backend cuda {problem}; use attention backend xla")
+    outs = []
+    for first in range(0, tokens, _MOST_TOKENS):
+        here = slice(first, first + _MOST_TOKENS)
+        turned = None if angles is None else angles[here]
+        out, pages = _attend(qkv[here], turned, pages, batch.positions[here], batch.rows[here], batch.page_table)
+        outs.append(out)
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs), pages
+
+
+def _attend(qkv, angles, pages, positions, rows, table):
+    tokens, kv_heads, lines, head_dim = qkv.shape
     out, _, *written = kernels.call(
         "ernie_decode_attention",
         [
@@ -57,9 +68,9 @@ def decode_attention(
         ],
         qkv,
         jnp.zeros((0, 2, head_dim // 2)) if angles is None else rotation(angles),
-        batch.positions,
-        batch.rows,
-        batch.page_table,
+        positions,
+        rows,
+        table,
         *arrays(pages),
         aliases={5 + i: 2 + i for i in range(len(arrays(pages)))},
     )

@@ -18,6 +18,7 @@ from ernie_jax.ops.pages import arrays
 BLOCK, STEPS = 128, 2
 _LEAST_BLOCK = 64  # of which pages must be a multiple
 _TILE = 128  # queries of a tile
+ALIGNMENT = 8  # tokens: the kernel copies groups of so many rows
 
 
 def takes_prefill(page_size: int) -> bool:
@@ -28,7 +29,7 @@ def takes_prefill(page_size: int) -> bool:
 def prefill(q, pages, batch, interpret=None):
     """Attend q [T, K, R, H] causally over the pages of `batch`, where the new keys and values are already written.
 
-    Padding tokens come back finite. The softmax is float32.
+    Padding tokens come back finite. The softmax is float32. Sequences must begin at multiples of ALIGNMENT tokens.
 
     Args:
       interpret: parameters of Pallas' interpreter, for tests.
@@ -61,47 +62,37 @@ def _widened(pages, batch, dtype):
 
 
 def _attend(q, pages, batch, interpret):
-    """Cut each sequence into tiles of 128 queries, and attend those over the pages where they lie."""
+    """Cut each sequence, and the padding behind them, into tiles of 128 queries; attend those where they lie."""
     from ernie_jax.ops.prefill_kernel import attend_tiles  # Mosaic GPU, which only Hopper GPUs need
 
     tokens, kv_heads, group, head_dim = q.shape
     sequences, page_size = len(batch.kv_lengths), pages.shape[1]
+    if sequences > 1 and batch.alignment % ALIGNMENT:
+        raise ValueError(f"sequences must begin at multiples of {ALIGNMENT} tokens, not of {batch.alignment}")
     block = BLOCK if page_size % BLOCK == 0 else _LEAST_BLOCK
-    flat = q.reshape(tokens, kv_heads * group, head_dim)
-    if sequences == 1:
-        # The tiles of one sequence lie where its tokens lie; those of padding look at one block, to come out finite.
-        first = jnp.arange(-(-tokens // _TILE), dtype=jnp.int32) * _TILE
-        flat = jnp.pad(flat, ((0, len(first) * _TILE - tokens), (0, 0), (0, 0)))
-        row, live = jnp.zeros_like(first), first < batch.starts[1]
-        position = jnp.where(live, batch.positions[0] + first, 0)
-        blocks = jnp.where(live, -(-jnp.minimum(position + _TILE, batch.kv_lengths[0]) // block), 1)
-    else:
-        # Others' tokens are gathered: the kernel copies groups of 8 rows, and sequences begin anywhere. Behind the
-        # barrier, indices are computed once for all layers, not for each number that moves.
-        count = -(-jnp.diff(batch.starts) // _TILE)  # tiles of each sequence
-        ends = jnp.cumsum(count)
-        index = jnp.arange(tokens // _TILE + sequences, dtype=jnp.int32)
-        row = jnp.minimum((ends <= index[:, None]).sum(1, dtype=jnp.int32), sequences - 1)
-        before = (index - (ends - count)[row]) * _TILE  # tokens of the sequence in front of the tile
-        source = (batch.starts[row] + before)[:, None] + jnp.arange(_TILE)
-        source, place = jax.lax.optimization_barrier((source.reshape(-1), _places(batch, ends - count)))
-        flat = flat.at[source].get(mode="clip")
-        first = index * _TILE
-        position = batch.positions[jnp.minimum(batch.starts[row], tokens - 1)] + before
-        blocks = -(-jnp.minimum(position + _TILE, batch.kv_lengths[row]) // block)
-        blocks = jnp.where(index < ends[-1], blocks, index == 0)  # the first tile is also what padding comes out as
-    tiles = jnp.stack([first, position, blocks, row], axis=1).astype(jnp.int32)
-    tiles = tiles[jnp.argsort(-blocks)]  # the longest first: no multiprocessor starts one when the others are done
+    rows = _aligned(tokens)
+    beyond = rows + _TILE - ALIGNMENT - tokens  # what the last tile may read
+    flat = jnp.pad(q.reshape(tokens, kv_heads * group, head_dim), ((0, beyond), (0, 0), (0, 0)))
+    starts = jnp.append(batch.starts[:-1], _aligned(batch.starts[-1:]))  # the last is that of padding
+    sizes = jnp.append(_aligned(jnp.diff(batch.starts)), rows - starts[-1])
+    count = -(-sizes // _TILE)
+    ends = jnp.cumsum(count)
+    index = jnp.arange(tokens // _TILE + sequences + 1, dtype=jnp.int32)
+    owner = jnp.minimum((ends <= index[:, None]).sum(1, dtype=jnp.int32), sequences)
+    row = jnp.minimum(owner, sequences - 1)
+    before = (index - (ends - count)[owner]) * _TILE  # tokens of the sequence in front of the tile
+    first = starts[owner] + before
+    position = jnp.where(owner < sequences, batch.positions[jnp.minimum(starts[row], tokens - 1)] + before, 0)
+    blocks = -(-jnp.minimum(position + _TILE, batch.kv_lengths[row]) // block)
+    blocks = jnp.where(owner < sequences, blocks, 1)  # padding looks at one, to come out finite
+    live = jnp.minimum(sizes[owner] - before, _TILE)
+    tiles = jnp.stack([first, position, jnp.where(index < ends[-1], blocks, 0), row, live], axis=1).astype(jnp.int32)
+    tiles = tiles[jnp.argsort(-tiles[:, 2])]  # the longest first: no multiprocessor starts one when the others are done
     # XLA would hand over a slice of the step's integers where it lies; Mosaic takes multiples of 256 bytes only.
     table = jax.lax.optimization_barrier(batch.page_table)
-    out = attend_tiles(flat, pages, table, tiles, block=block, steps=STEPS, interpret=interpret)
-    if sequences == 1:
-        return out[:tokens].reshape(q.shape)
-    return out.at[place].get(mode="promise_in_bounds").reshape(q.shape)
+    out = attend_tiles(flat, pages, table, tiles, rows=rows, block=block, steps=STEPS, interpret=interpret)
+    return out[:tokens].reshape(q.shape)
 
 
-def _places(batch, tiles):
-    """Return where each token lies in the tiles, of which sequences have theirs from `tiles` on; padding: the first."""
-    row = jnp.minimum(batch.rows, len(tiles) - 1)
-    place = tiles[row] * _TILE + jnp.arange(len(row)) - batch.starts[row]
-    return jnp.where(batch.rows < len(tiles), place, 0)
+def _aligned(tokens):
+    return -(-tokens // ALIGNMENT) * ALIGNMENT

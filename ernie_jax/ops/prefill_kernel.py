@@ -17,30 +17,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # queries of a warpgroup
 TILE = 2 * ROWS
+_COPIED = 8  # rows: of fewer no tile is copied
 
 
-@functools.partial(jax.jit, static_argnames=("block", "steps", "interpret"))  # one lowering for all layers
+@functools.partial(jax.jit, static_argnames=("rows", "block", "steps", "interpret"))  # one lowering for all layers
 def attend_tiles(
-    q: jax.Array,  # [128 n, N, H]
+    q: jax.Array,  # [T, N, H]
     pages: jax.Array,  # [P, page_size, 2K, H]
     table: jax.Array,  # [B, M] int32
-    tiles: jax.Array,  # [tiles, 4] int32
+    tiles: jax.Array,  # [tiles, 5] int32
+    rows: int,
     block: int = 128,
     steps: int = 2,
     interpret=None,
 ) -> jax.Array:
-    """Attend each tile of 128 consecutive tokens over the pages of one sequence.
+    """Attend each tile of up to 128 consecutive tokens over the pages of one sequence.
 
     Args:
-      tiles: of each, its first row of `q` and of the output, a multiple of 128; the position of that token; how many
-        blocks of cached positions it looks at, 0 if it is none; its row of the table. Rows at its end that are not the
-        sequence's come out as if they continued it.
+      tiles: of each, its first row of `q` and of the output, a multiple of 8; the position of that token; how many
+        blocks of cached positions it looks at, 0 if it is none; its row of the table; how many rows it writes, a
+        multiple of 8. It reads 128. Rows at its end that are not the sequence's come out as if they continued it.
+      rows: of the output.
       block: cached positions looked at together; divides the page size.
       steps: blocks of keys, and of values, in flight.
       interpret: parameters of Pallas' interpreter, for tests.
 
     Returns:
-      [128 n, N, H] in the dtype of `q`; rows that no tile writes are undefined.
+      [rows, N, H] in the dtype of `q`; rows that no tile writes are undefined.
     """
     _, heads, head_dim = q.shape
     page_size, kv_heads = pages.shape[1], pages.shape[2] // 2
@@ -76,14 +79,14 @@ def attend_tiles(
         k_full, v_full, k_free, v_free = barriers
         plgpu.set_max_registers(232, action="increase")
         q_buffer = q_buffer.at[group]
-        rows = pl.ds(tile[0] + group * ROWS, ROWS)  # copies go by groups of 8, which a tile's rows are
+        first, live = tile[0] + group * ROWS, tile[4] - group * ROWS
         position = tile[1] + group * ROWS  # of the first query
 
         def take_turn():
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        plgpu.copy_gmem_to_smem(q_ref.at[rows, head], q_buffer, q_full.at[group])
+        plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first, ROWS), head], q_buffer, q_full.at[group])
         plgpu.barrier_wait(q_full.at[group])
         layout = plgpu.Layout.WGMMA
         maximum = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), layout.reduce(1))
@@ -128,13 +131,24 @@ def attend_tiles(
         pl.when(group == 0)(take_turn)
         q_buffer[...] = (out / lax.broadcast_in_dim(total, out.shape, [0])).astype(q.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_buffer, out_ref.at[rows, head])
+
+        @pl.when(live >= ROWS)
+        def _():
+            plgpu.copy_smem_to_gmem(q_buffer, out_ref.at[pl.ds(first, ROWS), head])
+
+        for start in range(0, ROWS, _COPIED):  # the next rows are another sequence's
+
+            @pl.when((live < ROWS) & (start < live))
+            def _(start=start):
+                part = out_ref.at[pl.ds(first + start, _COPIED), head]
+                plgpu.copy_smem_to_gmem(q_buffer.at[pl.ds(start, _COPIED)], part)
+
         plgpu.wait_smem_to_gmem(0)
 
     def body(tiles_ref, table_ref, q_ref, pages_ref, out_ref):
         index = lax.axis_index("work")
         which, head = lax.div(index, heads), lax.rem(index, heads)
-        tile = [tiles_ref[which, i] for i in range(4)]
+        tile = [tiles_ref[which, i] for i in range(5)]
         swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
         buffers = plgpu.SMEM((steps, block, head_dim), q.dtype, transforms=swizzled)
 
@@ -166,7 +180,7 @@ def attend_tiles(
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=jax.ShapeDtypeStruct((rows, heads, head_dim), q.dtype),
         grid=(len(tiles) * heads,),
         grid_names=("work",),
         num_threads=3,

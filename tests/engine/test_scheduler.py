@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 
+from ernie_jax.engine.batching import aligned
 from ernie_jax.engine.pages import PagePool, extend_keys
 from ernie_jax.engine.scheduler import PREFILL_ROWS, Scheduler, Task, take_chunks
 
@@ -27,9 +28,10 @@ class Device:
     not written for it.
     """
 
-    def __init__(self, groups=1, pages=24, slots=4, prefill=16, mixed=4, caching=True):
+    def __init__(self, groups=1, pages=24, slots=4, prefill=16, mixed=4, caching=True, alignment=1):
         self.pools = [PagePool(pages) for _ in range(groups)]
         self.options = {"slots": slots, "prefill_chunk": prefill, "mixed_chunk": mixed, "prefix_caching": caching}
+        self.options |= {"alignment": alignment}
         self.scheduler = Scheduler(self.pools, PAGE, **self.options)
         self.slots, self.prefill, self.mixed = slots, prefill, mixed
         self.written = [[[None] * PAGE for _ in range(pages)] for _ in range(groups)]
@@ -102,11 +104,12 @@ class Device:
         return [*task.prompt, *self.answers[task.request]][position]
 
     def check_plan(self, plan):
-        tokens = collections.Counter()
+        tokens = collections.defaultdict(list)
         for part in plan.chunks:
-            tokens[part.task.group] += part.count
+            tokens[part.task.group].append(part.count)
             assert not part.decodes
-        assert tokens.total() <= (self.mixed if plan.decode else self.prefill)
+        taken = sum(aligned(counts, self.options["alignment"]).sum() for counts in tokens.values())
+        assert taken <= (self.mixed if plan.decode else self.prefill)
         assert all(count <= PREFILL_ROWS for count in collections.Counter(p.task.group for p in plan.chunks).values())
         everyone = [part.task for part in (*plan.decode, *plan.chunks)]
         assert len(set(map(id, everyone))) == len(everyone) <= self.slots
@@ -181,8 +184,8 @@ def test_random_schedules(rng, groups, caching):
             prefill=int(rng.integers(1, 40)),
             mixed=int(rng.integers(1, 10)),
             caching=caching,
+            alignment=int(rng.choice([1, 8])),
         )
-        device.mixed = device.options["mixed_chunk"]
         prompts, cancelled = [], set()
         for _ in range(int(rng.integers(20, 120))):
             for _ in range(rng.poisson(0.4 * groups)):
@@ -353,8 +356,19 @@ def test_keys_depend_on_all_tokens_before():
 
 
 @pytest.mark.parametrize(
-    ("waiting", "budget", "expected"),
-    [([], 8, []), ([20], 8, [8]), ([3, 20], 8, [3, 5]), ([7, 1, 1], 8, [7, 1]), ([2] * 9, 64, [2] * 8)],
+    ("waiting", "budget", "alignment", "expected"),
+    [
+        ([], 8, 1, []),
+        ([20], 8, 1, [8]),
+        ([3, 20], 8, 1, [3, 5]),
+        ([7, 1, 1], 8, 1, [7, 1]),
+        ([2] * 9, 64, 1, [2] * 8),
+        ([3, 20], 8, 4, [3, 4]),
+        ([7, 1, 1], 8, 4, [7]),
+        ([6, 9], 10, 8, [6, 2]),
+        ([3, 1, 9], 10, 8, [3, 1]),
+    ],
 )
-def test_chunks(waiting, budget, expected):
-    assert take_chunks(waiting, budget, 8) == expected
+def test_chunks(waiting, budget, alignment, expected):
+    assert take_chunks(waiting, budget, 8, alignment) == expected
+    assert aligned(expected, alignment).sum() <= budget

@@ -22,7 +22,7 @@ def prompts():
 
 @pytest.mark.parametrize("pads", [False, True])
 def test_every_shape_is_compiled_and_can_be_reached(pads):
-    shapes = Shapes(1, 4, CHUNK, 32, page_size=8, max_pages=16, pads=pads, splits=True)
+    shapes = Shapes(1, 4, CHUNK, 32, page_size=8, max_pages=16, pads=pads, splits=True, alignment=1)
     compiled = shapes.all(CONTEXT)
     assert len(compiled) == len(set(compiled))
     alone = {shapes.choose([0], [chunks], longest) for chunks in prompts() for longest in (max(chunks), CONTEXT)}
@@ -39,7 +39,7 @@ def test_every_shape_is_compiled_and_can_be_reached(pads):
 
 @pytest.mark.parametrize("pads", [False, True])
 def test_every_shape_of_two_groups_is_compiled(pads):
-    shapes = Shapes(2, 4, CHUNK, 32, page_size=8, max_pages=16, pads=pads, splits=True)
+    shapes = Shapes(2, 4, CHUNK, 32, page_size=8, max_pages=16, pads=pads, splits=True, alignment=1)
     splits = [split for chunks in prompts() for split in ((chunks, []), (chunks[::2], chunks[1::2]))]
     alone = {shapes.choose([0, 0], split, CONTEXT) for split in splits}
     beside = {shapes.choose([1, 2], split, CONTEXT) for split in splits if sum(map(sum, split)) <= 32}
@@ -48,7 +48,7 @@ def test_every_shape_of_two_groups_is_compiled(pads):
 
 @pytest.mark.parametrize(("tokens", "size"), [(1024, 1024), (1025, 2048), (2048, 2048), (2049, 4096), (4097, 8000)])
 def test_large_prompts_are_rounded_up_by_less(tokens, size):
-    shapes = Shapes(1, 200, 8000, 2048, page_size=64, max_pages=128, pads=False, splits=True)
+    shapes = Shapes(1, 200, 8000, 2048, page_size=64, max_pages=128, pads=False, splits=True, alignment=1)
     chosen = shapes.choose([0], [[tokens]], tokens)
     assert chosen.tokens == size
     assert chosen in shapes.all(8000)
@@ -56,7 +56,7 @@ def test_large_prompts_are_rounded_up_by_less(tokens, size):
 
 @pytest.mark.parametrize(("sequences", "size"), [(64, 64), (65, 128), (128, 128), (129, 200)])
 def test_many_sequences_are_rounded_up_by_less(sequences, size):
-    shapes = Shapes(1, 200, 8000, 2048, page_size=64, max_pages=128, pads=False, splits=True)
+    shapes = Shapes(1, 200, 8000, 2048, page_size=64, max_pages=128, pads=False, splits=True, alignment=1)
     chosen = shapes.choose([sequences], [[]], 300)
     assert (chosen.tokens, chosen.rows) == (size, size)
     assert chosen in shapes.all(300)

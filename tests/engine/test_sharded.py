@@ -95,8 +95,8 @@ def test_logits_of_whole_sequences(layout, routing, tiny_config, rng):
     np.testing.assert_allclose(engine.logits(prompt), expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("decode", [0, 4], ids=["mixed at will", "decoding part apart"])
-def test_prefill_mixed_and_decode_steps(layout, routing, decode, tiny_config, rng):
+@pytest.mark.parametrize(("decode", "alignment"), [(0, 1), (4, 8)], ids=["mixed at will", "apart and aligned"])
+def test_prefill_mixed_and_decode_steps(layout, routing, decode, alignment, tiny_config, rng):
     """Three steps: all prompts but one, then decode beside the first chunk of that one, then beside the second."""
     prompts = decided_prompts(rng, tiny_config, routing, [37, 5, 18, 50, 23])
     chunks = [[35, 1, 1], [3, 1, 1], [16, 1, 1], [48, 1, 1], [0, 16, 7]]
@@ -113,9 +113,9 @@ def test_prefill_mixed_and_decode_steps(layout, routing, decode, tiny_config, rn
             [Run(prompts[i][done[i] : done[i] + chunks[i][round]], done[i], places[i][1]) for i in members]
             for members in by_group
         ]
-        tokens = sum(chunks[i][round] for i in taking) + 3 + decode * layout.groups
+        tokens = sum(chunks[i][round] + alignment - 1 for i in taking) + 3 + decode * layout.groups
         query = max(chunks[i][round] for i in taking)
-        shape = StepShape(tokens, 8, tokens, 8, 4, query, decode)
+        shape = StepShape(tokens, 8, tokens, 8, 4, query, decode, alignment)
         batch = build_step(runs, shape, page_size=PAGE, scratch_page=31)
         last_tokens = layout.put(np.zeros(1, np.int32))
         (logits, *_), pages = step.forward(pages, last_tokens, step.place(pack(batch)), shape)

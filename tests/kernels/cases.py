@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ernie_jax.engine.batching import aligned
 from ernie_jax.ops import (
     Adapted,
     RaggedBatch,
@@ -257,19 +258,23 @@ def check_decode(rng, lengths, kv_heads=4, group=5, page_size=128, score=1.0, kv
 
 
 def check_prefill(rng, run, runs, padding, page_size, kv_heads, group, kv_dtype=jnp.bfloat16, spare=0):
-    """Hold run(q, pages, batch) to float64, for (cached before, new tokens) of each sequence and padding tokens."""
+    """Hold run(q, pages, batch) to float64, for (cached before, new tokens) of each sequence and padding tokens.
+
+    Sequences begin at multiples of 8 tokens.
+    """
     news, ends = np.array([new for _, new in runs]), np.array([sum(run) for run in runs])
     width, rows = -(-ends.max() // page_size) + 1, len(runs) + (len(runs) > 1)  # one row may be unused
     table = np.full((rows, width), rows * width)
     table[: len(runs)] = rng.permutation(rows * width)[: len(runs) * width].reshape(len(runs), width)
-    total = news.sum() + padding
+    taken = aligned(news, 8)
+    total = taken.sum() + padding
     positions, row = np.zeros(total, np.int32), np.full(total, rows, np.int32)
-    positions[: news.sum()] = np.concatenate([np.arange(end - new, end) for new, end in zip(news, ends, strict=True)])
-    row[: news.sum()] = np.repeat(np.arange(len(runs)), news)
-    starts, lengths = np.full(rows + 1, news.sum()), np.zeros(rows, int)
-    starts[: len(runs)], lengths[: len(runs)] = np.cumsum(news) - news, ends
+    starts, lengths = np.full(rows + 1, taken.sum()), np.zeros(rows, int)
+    starts[: len(runs)], lengths[: len(runs)] = np.cumsum(taken) - taken, ends
+    for index, (start, new, end) in enumerate(zip(starts, news, ends, strict=False)):
+        positions[start : start + new], row[start : start + new] = np.arange(end - new, end), index
     arrays = (jnp.asarray(a, jnp.int32) for a in (positions, row, starts, lengths, table))
-    batch = RaggedBatch(*arrays, max_query=int(total if len(runs) == 1 else news.max()))
+    batch = RaggedBatch(*arrays, max_query=int(total if len(runs) == 1 else news.max()), alignment=8)
     values, scales = stored(normal(rng, rows * width + 1 + spare, page_size, 2 * kv_heads, H), kv_dtype)
     pages = jnp.asarray(values)
     if kv_dtype == jnp.int8:

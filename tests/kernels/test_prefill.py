@@ -18,10 +18,12 @@ def aligned(monkeypatch):
     attend = prefill_kernel.attend_tiles
 
     def attend_tiles(q, pages, table, tiles, **options):
-        first = np.asarray(tiles)[:, 0]
-        assert len(q) % prefill_kernel.TILE == 0
-        assert (first % prefill_kernel.TILE == 0).all() and len(np.unique(first)) == len(first)
-        assert (first < len(q)).all()
+        first, _, blocks, _, live = np.asarray(tiles)[np.asarray(tiles)[:, 2] > 0].T
+        assert (blocks > 0).all() and len(q) % 8 == 0
+        assert (first % 8 == 0).all() and (live % 8 == 0).all() and (live > 0).all()
+        assert (first + prefill_kernel.TILE <= len(q)).all()
+        written = np.concatenate([np.arange(start, start + count) for start, count in zip(first, live, strict=True)])
+        assert sorted(written) == list(range(options["rows"]))
         return attend(q, pages, table, tiles, **options)
 
     monkeypatch.setattr(prefill_kernel, "attend_tiles", attend_tiles)

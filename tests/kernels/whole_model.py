@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ernie_jax.config import ModelConfig
-from ernie_jax.engine.batching import Run, StepShape, bucket, build_step, pack
+from ernie_jax.engine.batching import Run, StepShape, aligned, bucket, build_step, pack
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.model import Ernie, initialize
 from ernie_jax.ops import Quantized, dequantize
@@ -85,10 +85,12 @@ def _draw(config, case, rng, steps, kv_dtype) -> dict[str, np.ndarray]:
         Run(rng.integers(3, config.vocab_size, new).tolist(), cached, table.tolist(), slot)
         for slot, ((cached, new), table) in enumerate(zip(case.runs, tables, strict=True))
     ]
-    tokens, rows = sum(new for _, new in case.runs), len(case.runs)
+    news, rows = [new for _, new in case.runs], len(case.runs)
+    alignment = 1 if max(news) == 1 else 8
+    tokens = aligned(news, alignment).sum().item()
     padded = tokens if tokens < 3 else -(-tokens // 8) * 8
-    query = padded if rows == 1 else bucket(max(new for _, new in case.runs), padded, factor=8)
-    shape = StepShape(padded, rows, padded, rows, max(widths), query)
+    query = padded if rows == 1 else bucket(max(news), padded, factor=8)
+    shape = StepShape(padded, rows, padded, rows, max(widths), query, alignment=alignment)
     step = build_step([runs], shape, page_size=PAGE, scratch_page=count - 1)
     shape = (count, PAGE, 2 * config.num_key_value_heads, config.head_dim)
     keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), config.num_hidden_layers)
