@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -126,8 +125,8 @@ def build_step(runs: Sequence[Sequence[Run]], shape: StepShape, *, page_size: in
     ]
     firsts = np.concatenate(firsts).astype(np.int32)
     tokens = np.full(shape.tokens, NO_TOKEN, np.int32)
-    known = itertools.chain.from_iterable(run.tokens for run in every)
-    tokens[np.repeat(firsts, lengths) + _within(lengths)] = np.fromiter(known, np.int32)
+    for run, first, length in zip(every, firsts, lengths, strict=True):
+        tokens[first : first + length] = run.tokens
     last = np.zeros(shape.rows, np.int32)
     last[: len(every)] = firsts + lengths - 1
     slots = np.full(shape.rows, NO_SLOT, np.int32)

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from ernie_jax.engine.pages import PagePool, extend_keys
 
@@ -66,10 +69,17 @@ class Task:
         """Tell whether a step can take one more token of it."""
         return self.computed >= self.target and self.sampled < self.most
 
-    def tokens(self, start: int, end: int) -> list[int]:
-        """Return known tokens."""
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """Return known tokens, int32."""
         split = len(self.prompt)
-        return [*self.prompt[start:end], *self.output[max(0, start - split) : max(0, end - split)]]
+        if end <= split:
+            return self._prompt[start:end]
+        output = np.array(self.output[max(0, start - split) : end - split], np.int32)
+        return np.concatenate([self._prompt[start:], output])
+
+    @functools.cached_property
+    def _prompt(self) -> np.ndarray:
+        return np.array(self.prompt, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,9 @@ _ALIGNMENT = 8  # rows, at a multiple of which an expert's rows begin, for the k
 _DEPTH = 128  # bytes of each row of weights that are loaded together
 _SHARED_MEMORY = 224 << 10  # of a CUDA block, without its barriers
 MOST = 512  # tokens of a product, or along with the chosen experts through the shared ones
+# From so many tokens on they become fp8 as well, by a factor each, to meet fp8 weights: of experts where to make those
+# bfloat16 takes longer than to read them, of other products where the operations limit.
+_FP8_EXPERTS, _FP8_PRODUCTS = 65, MOST + 1
 
 
 class Tiles(NamedTuple):
@@ -111,7 +114,7 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     check_experts(x, gate_up, down, *(shared or ()))
     more = 0 if shared is None else shared[1].shape[1] // inner
     pairs = tokens * (k + more)
-    eight = multiplies_fp8(tokens, gate_up.dtype)
+    eight = multiplies_fp8(tokens, gate_up.dtype, experts=True)
     if shared is not None and not takes_along(tokens, gate_up.dtype):
         raise UserError(f"expert backend mosaic takes quantised shared experts along, of up to {MOST} tokens")
     x_sorted, factors = to_fp8(x) if eight else (x, jnp.zeros(0, jnp.float32))
@@ -174,12 +177,12 @@ def choose_tiles(pairs: int, dtype: jnp.dtype) -> tuple[Tiles, Tiles] | tuple[Qu
 
 def takes_along(tokens: int, dtype: jnp.dtype) -> bool:
     """Tell whether shared experts with weights of a dtype can be computed along with the chosen ones."""
-    return tokens <= MOST and form_of(dtype) is not None
+    return tokens <= MOST and form_of(dtype) is not None and not multiplies_fp8(tokens, dtype, experts=True)
 
 
-def multiplies_fp8(tokens: int, dtype: jnp.dtype) -> bool:
-    """Tell whether tokens become fp8 as well, by a factor each, to meet weights of a dtype: where operations limit."""
-    return tokens > MOST and form_of(dtype) == "fp8"
+def multiplies_fp8(tokens: int, dtype: jnp.dtype, experts: bool = False) -> bool:
+    """Tell whether tokens become fp8 as well to meet weights of a dtype: of experts, or of another product."""
+    return form_of(dtype) == "fp8" and tokens >= (_FP8_EXPERTS if experts else _FP8_PRODUCTS)
 
 
 def to_fp8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -236,15 +239,17 @@ def product(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
 
 def mlp_problem(tokens: int, width: int, inner: int, dtype: jnp.dtype) -> str | None:
     """Say what `mlp` does not take of [T, D], of F, and of the weights' dtype, or of the GPU, if anything."""
-    if dtype != jnp.bfloat16:
-        return f"takes bfloat16 weights, not {jnp.dtype(dtype).name}"
+    if dtype != jnp.bfloat16 and not multiplies_fp8(tokens, dtype, experts=True):
+        return f"takes bfloat16 weights and of {_FP8_EXPERTS} tokens or more fp8, not {jnp.dtype(dtype).name}"
     if tokens > MOST:
         return f"takes up to {MOST} tokens, not {tokens}"
     return mosaic_problem(width, inner, dtype)
 
 
-def mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array, backend: str = "mosaic") -> jax.Array:
-    """Return down(silu(gate x) * up x) [T, D] of x [T, D], gate_up [2, F, D] and down [D, F], all bfloat16.
+def mlp(
+    x: jax.Array, gate_up: jax.Array | Quantized, down: jax.Array | Quantized, backend: str = "mosaic"
+) -> jax.Array:
+    """Return down(silu(gate x) * up x) [T, D] of x [T, D], gate_up [2, F, D] and down [D, F], bfloat16 or fp8.
 
     By two kernels that leave others room on the multiprocessors, so that they can run beside them.
 
@@ -258,9 +263,9 @@ def _mlp(x, gate_up, down):
     tokens, width = x.shape
     if problem := mlp_problem(tokens, width, down.shape[1], gate_up.dtype) or operand_problem(x):
         raise UserError(f"mlp backend mosaic {problem}")
-    tiles = TILES[0]
-    hidden = _multiply_all(x, gate_up[None], tiles[0])
-    return _multiply_all(hidden, down[None, None], tiles[1])[:tokens]
+    tiles, eight = TILES[0], form_of(gate_up.dtype) is not None
+    hidden = _multiply_all(x, gate_up[None], tiles[0], eight)
+    return _multiply_all(hidden, down[None, None], tiles[1], eight)[:tokens]
 
 
 def _multiply_all(rows, weight, tiles, eight=False):

@@ -70,14 +70,13 @@ def _attend(q, pages, batch, interpret):
     if sequences > 1 and batch.alignment % ALIGNMENT:
         raise ValueError(f"sequences must begin at multiples of {ALIGNMENT} tokens, not of {batch.alignment}")
     block = BLOCK if page_size % BLOCK == 0 else _LEAST_BLOCK
-    rows = _aligned(tokens)
-    beyond = rows + _TILE - ALIGNMENT - tokens  # what the last tile may read
-    flat = jnp.pad(q.reshape(tokens, kv_heads * group, head_dim), ((0, beyond), (0, 0), (0, 0)))
+    rows = max(_aligned(tokens), _TILE)
+    flat = jnp.pad(q.reshape(tokens, kv_heads * group, head_dim), ((0, rows - tokens), (0, 0), (0, 0)))
     starts = jnp.append(batch.starts[:-1], _aligned(batch.starts[-1:]))  # the last is that of padding
     sizes = jnp.append(_aligned(jnp.diff(batch.starts)), rows - starts[-1])
     count = -(-sizes // _TILE)
     ends = jnp.cumsum(count)
-    index = jnp.arange(tokens // _TILE + sequences + 1, dtype=jnp.int32)
+    index = jnp.arange(rows // _TILE + sequences + 1, dtype=jnp.int32)
     owner = jnp.minimum((ends <= index[:, None]).sum(1, dtype=jnp.int32), sequences)
     row = jnp.minimum(owner, sequences - 1)
     before = (index - (ends - count)[owner]) * _TILE  # tokens of the sequence in front of the tile
@@ -85,12 +84,16 @@ def _attend(q, pages, batch, interpret):
     position = jnp.where(owner < sequences, batch.positions[jnp.minimum(starts[row], tokens - 1)] + before, 0)
     blocks = -(-jnp.minimum(position + _TILE, batch.kv_lengths[row]) // block)
     blocks = jnp.where(owner < sequences, blocks, 1)  # padding looks at one, to come out finite
-    live = jnp.minimum(sizes[owner] - before, _TILE)
-    tiles = jnp.stack([first, position, jnp.where(index < ends[-1], blocks, 0), row, live], axis=1).astype(jnp.int32)
+    # A tile at the end begins so many rows earlier, which it does not write, as not to read beyond the last.
+    skipped = jnp.maximum(first - (rows - _TILE), 0)
+    written = skipped + jnp.minimum(sizes[owner] - before, _TILE)
+    blocks = jnp.where(index < ends[-1], blocks, 0)
+    tiles = [first - skipped, position - skipped, blocks, row, skipped, written]
+    tiles = jnp.stack(tiles, axis=1).astype(jnp.int32)
     tiles = tiles[jnp.argsort(-tiles[:, 2])]  # the longest first: no multiprocessor starts one when the others are done
     # XLA would hand over a slice of the step's integers where it lies; Mosaic takes multiples of 256 bytes only.
     table = jax.lax.optimization_barrier(batch.page_table)
-    out = attend_tiles(flat, pages, table, tiles, rows=rows, block=block, steps=STEPS, interpret=interpret)
+    out = attend_tiles(flat, pages, table, tiles, block=block, steps=STEPS, interpret=interpret)
     return out[:tokens].reshape(q.shape)
 
 

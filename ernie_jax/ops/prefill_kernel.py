@@ -20,30 +20,28 @@ TILE = 2 * ROWS
 _COPIED = 8  # rows: of fewer no tile is copied
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "block", "steps", "interpret"))  # one lowering for all layers
+@functools.partial(jax.jit, static_argnames=("block", "steps", "interpret"))  # one lowering for all layers
 def attend_tiles(
     q: jax.Array,  # [T, N, H]
     pages: jax.Array,  # [P, page_size, 2K, H]
     table: jax.Array,  # [B, M] int32
-    tiles: jax.Array,  # [tiles, 5] int32
-    rows: int,
+    tiles: jax.Array,  # [tiles, 6] int32
     block: int = 128,
     steps: int = 2,
     interpret=None,
 ) -> jax.Array:
-    """Attend each tile of up to 128 consecutive tokens over the pages of one sequence.
+    """Attend each tile of 128 consecutive tokens over the pages of one sequence.
 
     Args:
-      tiles: of each, its first row of `q` and of the output, a multiple of 8; the position of that token; how many
-        blocks of cached positions it looks at, 0 if it is none; its row of the table; how many rows it writes, a
-        multiple of 8. It reads 128. Rows at its end that are not the sequence's come out as if they continued it.
-      rows: of the output.
+      tiles: of each, its first row of `q` and of the output; the position of that token; how many blocks of cached
+        positions it looks at, 0 if it is none; its row of the table; from which of its rows on and up to which one it
+        writes. All rows are multiples of 8. Those that are not the sequence's come out as if they continued it.
       block: cached positions looked at together; divides the page size.
       steps: blocks of keys, and of values, in flight.
       interpret: parameters of Pallas' interpreter, for tests.
 
     Returns:
-      [rows, N, H] in the dtype of `q`; rows that no tile writes are undefined.
+      [T, N, H] in the dtype of `q`; rows that no tile writes are undefined.
     """
     _, heads, head_dim = q.shape
     page_size, kv_heads = pages.shape[1], pages.shape[2] // 2
@@ -79,7 +77,7 @@ def attend_tiles(
         k_full, v_full, k_free, v_free = barriers
         plgpu.set_max_registers(232, action="increase")
         q_buffer = q_buffer.at[group]
-        first, live = tile[0] + group * ROWS, tile[4] - group * ROWS
+        first, written_from, written_to = (tile[0] + group * ROWS, *(at - group * ROWS for at in tile[4:]))
         position = tile[1] + group * ROWS  # of the first query
 
         def take_turn():
@@ -125,20 +123,22 @@ def attend_tiles(
             return out, new_maximum, total
 
         pl.when(group == 1)(take_turn)  # half a step behind the other
-        whole = jnp.minimum(lax.div(position + 1, block), blocks)  # blocks that all of these queries see
+        whole = jnp.clip(lax.div(position + 1, block), 0, blocks)  # blocks that all of these queries see
         carry = lax.fori_loop(0, whole, functools.partial(step_of, masked=False), (out, maximum, total))
         out, _, total = lax.fori_loop(whole, blocks, functools.partial(step_of, masked=True), carry)
         pl.when(group == 0)(take_turn)
         q_buffer[...] = (out / lax.broadcast_in_dim(total, out.shape, [0])).astype(q.dtype)
         plgpu.commit_smem()
 
-        @pl.when(live >= ROWS)
+        all_rows = (written_from <= 0) & (written_to >= ROWS)
+
+        @pl.when(all_rows)
         def _():
             plgpu.copy_smem_to_gmem(q_buffer, out_ref.at[pl.ds(first, ROWS), head])
 
-        for start in range(0, ROWS, _COPIED):  # the next rows are another sequence's
+        for start in range(0, ROWS, _COPIED):  # the others are another tile's
 
-            @pl.when((live < ROWS) & (start < live))
+            @pl.when(jnp.logical_not(all_rows) & (start >= written_from) & (start < written_to))
             def _(start=start):
                 part = out_ref.at[pl.ds(first + start, _COPIED), head]
                 plgpu.copy_smem_to_gmem(q_buffer.at[pl.ds(start, _COPIED)], part)
@@ -148,7 +148,7 @@ def attend_tiles(
     def body(tiles_ref, table_ref, q_ref, pages_ref, out_ref):
         index = lax.axis_index("work")
         which, head = lax.div(index, heads), lax.rem(index, heads)
-        tile = [tiles_ref[which, i] for i in range(5)]
+        tile = [tiles_ref[which, i] for i in range(6)]
         swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
         buffers = plgpu.SMEM((steps, block, head_dim), q.dtype, transforms=swizzled)
 
@@ -180,7 +180,7 @@ def attend_tiles(
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, heads, head_dim), q.dtype),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(len(tiles) * heads,),
         grid_names=("work",),
         num_threads=3,

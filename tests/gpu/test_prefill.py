@@ -9,7 +9,7 @@ import pytest
 
 from ernie_jax.config import QUANTIZED_FORMS
 from ernie_jax.kernels import capability
-from ernie_jax.ops import grouped_mlp, mlp, quantized_specs
+from ernie_jax.ops import grouped_mlp, mlp, quantized_specs, takes_shared
 from ernie_jax.ops.mosaic import multiplies_fp8
 from ernie_jax.ops.prefill_attention import prefill
 from tests.kernels.cases import (
@@ -20,6 +20,8 @@ from tests.kernels.cases import (
     check_shared_experts,
     distance,
     experts_reference,
+    normal,
+    rounded,
 )
 
 pytestmark = [
@@ -59,20 +61,23 @@ def test_experts(tokens, routing, rng):
 @pytest.mark.parametrize("tokens", [2, 60, 200, 700, 3000])
 @pytest.mark.parametrize("form", QUANTIZED_FORMS)
 def test_quantized_experts(form, tokens, rng):
-    bound = FP8_BOUND if multiplies_fp8(tokens, quantized_specs(form, (256,), 0).dtype) else BOUND
+    dtype = quantized_specs(form, (256,), 0).dtype
+    bound = FP8_BOUND if multiplies_fp8(tokens, dtype, experts=True) else BOUND
     check_experts(rng, tokens, 3, 8, 512, 768, form=form, backend="mosaic", bound=bound)
-    if tokens <= 512:
+    if takes_shared("mosaic", tokens, 512, 512, dtype):
         check_shared_experts(rng, tokens, 3, 8, 768, 512, form, "mosaic")
 
 
-@pytest.mark.parametrize("tokens", [2, 60, 200])
-def test_mlp_of_all_tokens(tokens, rng):
-    x, gate_up, down = (
-        jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.bfloat16)
-        for shape in ((tokens, 2560), (2, 3072, 2560), (2560, 3072))
+@pytest.mark.parametrize(("form", "tokens"), [(None, 2), (None, 60), (None, 200), ("fp8", 70), ("fp8", 200)])
+def test_mlp_of_all_tokens(form, tokens, rng):
+    x = normal(rng, tokens, 2560)
+    (gate_up, down), wide = zip(
+        *(rounded(normal(rng, *shape, scale=shape[-1] ** -0.5), form) for shape in ((2, 3072, 2560), (2560, 3072))),
+        strict=True,
     )
     everyone = jnp.zeros((tokens, 1), jnp.int32), np.ones((tokens, 1))
-    assert distance(jax.jit(mlp)(x, gate_up, down), experts_reference(x, *everyone, gate_up[None], down[None])) < BOUND
+    expected = experts_reference(x, *everyone, wide[0][None], wide[1][None])
+    assert distance(jax.jit(mlp)(x, gate_up, down), expected) < (FP8_BOUND if form else BOUND)
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(2560, 3584), (2560, 24576), (12288, 2560), (256, 128)])

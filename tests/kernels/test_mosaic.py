@@ -20,6 +20,7 @@ from ernie_jax.ops import (
     mosaic_gradient,
     mosaic_kernel,
     quantized_kernel,
+    takes_shared,
 )
 from ernie_jax.ops.mosaic import TILES, QuantizedTiles, by_mosaic
 from ernie_jax.ops.mosaic_kernel import Tiling, grouped_product
@@ -261,7 +262,9 @@ def test_shared_experts_that_it_does_not_take(rng):
         grouped_mlp(*arguments, "mosaic", shared=shared)
 
 
-@pytest.mark.parametrize(("form", "tokens", "along"), [("int8", 9, True), ("fp8", 40, False), ("int4", 70, True)])
+@pytest.mark.parametrize(
+    ("form", "tokens", "along"), [("int8", 9, True), ("fp8", 16, True), ("int8", 40, False), ("int4", 70, True)]
+)
 def test_quantized_experts(form, tokens, along, rng):
     x, chosen, weights, *exact = draw(rng, tokens)
     (gate_up, down, *shared), wide = zip(*(rounded(w, form) for w in (*exact[:2], *exact[2])), strict=True)
@@ -279,12 +282,18 @@ def test_product(form, tokens, rng):
 
 def test_fp8_tokens(rng, monkeypatch):
     """Of many tokens both operands are fp8, which costs precision: that of random numbers in three bits of fraction."""
-    monkeypatch.setattr(mosaic, "MOST", 16)
+    for least in ("_FP8_EXPERTS", "_FP8_PRODUCTS"):
+        monkeypatch.setattr(mosaic, least, 17)
     x, chosen, weights, *exact = draw(rng, 40)
-    (gate_up, down), wide = zip(*(rounded(w, "fp8") for w in exact[:2]), strict=True)
+    (gate_up, down, *shared), wide = zip(*(rounded(w, "fp8") for w in (*exact[:2], *exact[2])), strict=True)
     with emulator.emulated():
+        assert not takes_shared("mosaic", 40, INNER, 2 * INNER, gate_up.dtype)
         out = np.asarray(grouped_mlp(x, chosen, weights, gate_up, down, "mosaic", live=jnp.int32(33)), np.float64)
-    assert 0.01 < distance(out[:33], reference(x, chosen, weights, *wide)[:33]) < 0.06
+    assert 0.01 < distance(out[:33], reference(x, chosen, weights, *wide[:2])[:33]) < 0.06
+    nobody = np.full_like(chosen, -1)
+    with emulator.emulated():
+        out = mlp(x, *shared)
+    assert 0.01 < distance(out, reference(x, nobody, weights, *wide[:2], shared=wide[2:])) < 0.06
     with emulator.emulated():
         out = linear("td,od->to", x, jax.tree.map(lambda a: a[0, 0], gate_up), backend="mosaic")
     assert 0.01 < distance(out, np.asarray(x, np.float64) @ wide[0][0, 0].T) < 0.04

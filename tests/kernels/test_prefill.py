@@ -18,12 +18,11 @@ def aligned(monkeypatch):
     attend = prefill_kernel.attend_tiles
 
     def attend_tiles(q, pages, table, tiles, **options):
-        first, _, blocks, _, live = np.asarray(tiles)[np.asarray(tiles)[:, 2] > 0].T
-        assert (blocks > 0).all() and len(q) % 8 == 0
-        assert (first % 8 == 0).all() and (live % 8 == 0).all() and (live > 0).all()
-        assert (first + prefill_kernel.TILE <= len(q)).all()
-        written = np.concatenate([np.arange(start, start + count) for start, count in zip(first, live, strict=True)])
-        assert sorted(written) == list(range(options["rows"]))
+        first, _, _, _, start, end = np.asarray(tiles)[np.asarray(tiles)[:, 2] > 0].T
+        assert all((rows % 8 == 0).all() for rows in (first, start, end)) and len(q) % 8 == 0
+        assert (first + prefill_kernel.TILE <= len(q)).all() and (end <= prefill_kernel.TILE).all()
+        written = [np.arange(*some) for some in zip(first + start, first + end, strict=True)]
+        assert sorted(np.concatenate(written)) == list(range(len(q)))
         return attend(q, pages, table, tiles, **options)
 
     monkeypatch.setattr(prefill_kernel, "attend_tiles", attend_tiles)
