@@ -110,7 +110,7 @@ def _shapes(config, layout, batch, chunk, page_size, dtype, kv_dtype) -> Shapes:
     backend = default_attention_backend(layout.platform, config.head_dim, dtype, kv_heads, kv_dtype)
     with compiling_for(layout.capability):
         needs = step_needs(backend, page_size)
-    return Shapes(layout.groups, batch, chunk, chunk, page_size, pages, *needs)
+    return Shapes(layout.groups, batch, chunk, chunk, page_size, pages, **needs._asdict())
 
 
 def _even(batch: int, layout: Layout) -> list[int]:

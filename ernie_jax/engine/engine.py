@@ -134,8 +134,8 @@ class Engine:
             options.prefill_chunk,
             options.mixed_chunk,
             options.page_size,
-            -(-self.config.max_position_embeddings // options.page_size),
-            *self._step.needs(options.page_size),
+            max_pages=-(-self.config.max_position_embeddings // options.page_size),
+            **self._step.needs(options.page_size)._asdict(),
         )
         self._scheduler = self._make_scheduler(options.max_sequences, options.prefix_caching)
         sampler = Sampler(self._step, options.max_sequences, layout.put, self.config.vocab_size, self.valid_vocab)

@@ -116,7 +116,8 @@ def by_mosaic(x, chosen, weights, gate_up, down, first_expert, shared=None, live
     pairs = tokens * (k + more)
     eight = multiplies_fp8(tokens, gate_up.dtype, experts=True)
     if shared is not None and not takes_along(tokens, gate_up.dtype):
-        raise UserError(f"expert backend mosaic takes quantised shared experts along, of up to {MOST} tokens")
+        few = f"of up to {MOST} tokens, in fp8 {_FP8_EXPERTS - 1}"
+        raise UserError(f"expert backend mosaic takes quantised shared experts along, {few}")
     x_sorted, factors = to_fp8(x) if eight else (x, jnp.zeros(0, jnp.float32))
     tiles = tiles or choose_tiles(pairs, jnp.bfloat16 if eight else gate_up.dtype)
     block = tiles[0].block

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ernie_jax.ops import paged_attention
+from ernie_jax.ops import decode_attention, paged_attention
 from tests.kernels import cases
 from tests.ops import test_attention as ops
 
@@ -36,6 +36,11 @@ def test_padding(rng, lengths):
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (2, 8), (1, 16), (3, 12), (8, 2)])
 def test_heads(rng, kv_heads, group):
     cases.check_decode(rng, [1, 40, 600], kv_heads, group)
+
+
+def test_more_tokens_than_a_call_takes(rng, monkeypatch):
+    monkeypatch.setattr(decode_attention, "_MOST_TOKENS", 3)
+    cases.check_decode(rng, [40, 1, 300, 7, 90, 18, 2], kv_heads=1)
 
 
 def test_peaked_scores(rng):
