@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -91,9 +92,18 @@ def build(capability: str) -> pathlib.Path:
     target = cache_directory() / "kernels" / f"sm{capability}-{state.hexdigest()[:16]}.so"
     if target.exists():
         return target
-    print(f"compiling the CUDA kernels for sm_{capability}, once, with {nvcc}", file=sys.stderr, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    sources = [file for file in files if file.suffix == ".cu"]
+    with open(target.with_suffix(".lock"), "w") as lock:  # processes of a host all want it when they start
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            print(f"compiling the CUDA kernels for sm_{capability}, once, with {nvcc}", file=sys.stderr, flush=True)
+            _compile([file for file in files if file.suffix == ".cu"], capability, nvcc, libraries, target)
+    return target
+
+
+def _compile(
+    sources: Sequence[pathlib.Path], capability: str, nvcc: str, libraries: Sequence[str], target: pathlib.Path
+) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [os.path.join(scratch, file.stem + ".o") for file in sources]
         compiler = [nvcc, *flags(capability), "-c"]
@@ -102,8 +112,7 @@ def build(capability: str) -> pathlib.Path:
             list(pool.map(_run, commands))
         library = os.path.join(scratch, target.name)
         _run([nvcc, f"-arch=sm_{capability}", "-shared", *(f"-L{path}" for path in libraries), *objects, "-o", library])
-        os.replace(library, target)  # several processes may build at once: the last one wins, all are the same
-    return target
+        os.replace(library, target)
 
 
 def flags(capability: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import ctypes
+import multiprocessing
 import os
 import pathlib
 import re
@@ -41,3 +42,17 @@ def test_the_library_has_the_handlers(nvcc):
     calls = (path.read_text() for path in (pathlib.Path(kernels.__file__).parent.parent / "ops").glob("*.py"))
     names = set(re.findall(r'kernels\.call\(\s*"(\w+)"', "".join(calls)))
     assert names and all(hasattr(library, name) for name in names)
+
+
+def test_processes_that_start_together_compile_once(tmp_path, monkeypatch):
+    """With a compiler that takes its time and writes down what it was asked for."""
+    log, nvcc = tmp_path / "log", tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f'#!/bin/sh\nsleep 0.2\nfor out; do :; done\necho "$out" >> {log}\ntouch "$out"\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("ERNIE_JAX_CACHE", str(tmp_path / "cache"))
+    with concurrent.futures.ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+        built = set(pool.map(kernels.build, ["90"] * 3))
+    assert len(built) == 1 and built.pop().exists()
+    assert len(log.read_text().splitlines()) == len(SOURCES) + 1
