@@ -83,7 +83,7 @@ def _attend(q, pages, batch, interpret):
     first = starts[owner] + before
     position = jnp.where(owner < sequences, batch.positions[jnp.minimum(starts[row], tokens - 1)] + before, 0)
     blocks = -(-jnp.minimum(position + _TILE, batch.kv_lengths[row]) // block)
-    blocks = jnp.where(owner < sequences, blocks, 1)  # padding looks at one, to come out finite
+    blocks = jnp.where(owner < sequences, blocks, 1)  # padding looks at one, which any row has, to come out finite
     # A tile at the end begins so many rows earlier, which it does not write, as not to read beyond the last.
     skipped = jnp.maximum(first - (rows - _TILE), 0)
     written = skipped + jnp.minimum(sizes[owner] - before, _TILE)
