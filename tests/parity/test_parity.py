@@ -129,7 +129,9 @@ def test_float32_routing(case, whole_prompts):
             assert not wrong.size, f"MoE layer {layer}: other experts than transformers at positions {wrong.tolist()}"
     start = places[int(case.arrays["detailed"])].start
     for routed, expected in zip(routing, case.arrays["routing_weights_float32"], strict=True):
-        np.testing.assert_allclose(routed.weights[start : start + len(expected)], expected, atol=FLOAT32 / 10)
+        # By size: which of two chosen experts comes first, a float32 step between their biased scores may decide.
+        weights = routed.weights[start : start + len(expected)]
+        np.testing.assert_allclose(np.sort(weights), np.sort(expected), atol=FLOAT32 / 10)
 
 
 def test_bfloat16_half_layers(case, bfloat16_model):

@@ -44,6 +44,7 @@ from transformers.initialization import no_init_weights
 
 DETAILED = 2  # the prompt whose states are kept layer by layer
 MAX_DRAWS = 500  # of a prompt
+ROUNDING_STEPS = 2  # of float32, by which two biased scores may move towards each other in another program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Case:
     lengths: tuple[int, ...] = (1, 5, 16, 37)  # on and off the borders of pages and prefill chunks
     steps: int = 64
     logit_lead: float = 2e-4  # twice the float32 tolerance
-    router_lead: float = 0.0  # beyond one float32 step, which never counts
+    router_lead: float = 0.0  # beyond ROUNDING_STEPS, which never count
     min_distinct: int = 6
     shard: str = "64KB"
     gradients: bool = False
@@ -206,10 +207,10 @@ class Recorder:
 
 
 def has_tie(scores: np.ndarray, k: int, lead: float = 0.0) -> bool:
-    """Tell whether the k-th and the next best score of any token are within one float32 step, or `lead`."""
+    """Tell whether the k-th and the next best score of any token are within ROUNDING_STEPS, or `lead`."""
     best = -np.sort(-scores, axis=-1)
     last, first_left_out = best[..., k - 1], best[..., k]
-    return bool(np.any(last - first_left_out <= np.maximum(np.spacing(last), lead)))
+    return bool(np.any(last - first_left_out <= np.maximum(ROUNDING_STEPS * np.spacing(last), lead)))
 
 
 def greedy(model, prompt: list[int], steps: int) -> tuple[list[int], torch.Tensor]:
