@@ -65,28 +65,7 @@ ffi::Error widen(cudaStream_t stream, ffi::AnyBuffer table, ffi::AnyBuffer lengt
 }  // namespace
 }  // namespace ernie
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_decode_attention, ernie::decode,
-                              ernie::ffi::Ffi::Bind()
-                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .RemainingRets(),
-                              {ernie::ffi::Traits::kCmdBufferCompatible});
+ERNIE_HANDLER(ernie_decode_attention, ernie::decode,
+              ernie::rets<3>(ernie::args<6>(ernie::on_stream()).RemainingArgs()).RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_widen_pages, ernie::widen,
-                              ernie::ffi::Ffi::Bind()
-                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .Ret<ernie::ffi::AnyBuffer>(),
-                              {ernie::ffi::Traits::kCmdBufferCompatible});
+ERNIE_HANDLER(ernie_widen_pages, ernie::widen, ernie::rets<1>(ernie::args<3>(ernie::on_stream()).RemainingArgs()));

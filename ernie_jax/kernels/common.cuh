@@ -75,6 +75,31 @@ T* data(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
+// A handler's binding begins with the stream that it launches on; then come `n` arguments and `n` results.
+inline auto on_stream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
+
+template <int n, typename Binding>
+auto args(Binding&& binding) {  // not a copy: it cannot be moved
+  if constexpr (n == 1) {
+    return std::move(binding).template Arg<ffi::AnyBuffer>();
+  } else {
+    return args<n - 1>(std::move(binding).template Arg<ffi::AnyBuffer>());
+  }
+}
+
+template <int n, typename Binding>
+auto rets(Binding&& binding) {  // not a copy: it cannot be moved
+  if constexpr (n == 1) {
+    return std::move(binding).template Ret<ffi::AnyBuffer>();
+  } else {
+    return rets<n - 1>(std::move(binding).template Ret<ffi::AnyBuffer>());
+  }
+}
+
+// Make `function` a handler that XLA calls by `name`, and may record into a graph.
+#define ERNIE_HANDLER(name, function, binding) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, binding, {ernie::ffi::Traits::kCmdBufferCompatible})
+
 inline ffi::Error launch_status(const char* what) {
   cudaError_t status = cudaGetLastError();
   if (status == cudaSuccess) return ffi::Error::Success();

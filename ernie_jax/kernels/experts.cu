@@ -487,24 +487,4 @@ void run_one(cudaStream_t stream, Form form, const Operands& o, const Sizes& z, 
 
 }  // namespace ernie::experts
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_experts, ernie::experts::run_experts,
-                              ernie::ffi::Ffi::Bind()
-                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>(),
-                              {ernie::ffi::Traits::kCmdBufferCompatible});
+ERNIE_HANDLER(ernie_experts, ernie::experts::run_experts, ernie::rets<5>(ernie::args<12>(ernie::on_stream())));

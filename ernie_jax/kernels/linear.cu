@@ -71,11 +71,4 @@ void run_linear(cudaStream_t stream, Form form, const Product& p, bool early) {
 
 }  // namespace ernie
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_linear, ernie::linear,
-                              ernie::ffi::Ffi::Bind()
-                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>(),
-                              {ernie::ffi::Traits::kCmdBufferCompatible});
+ERNIE_HANDLER(ernie_linear, ernie::linear, ernie::rets<1>(ernie::args<3>(ernie::on_stream())));

@@ -307,35 +307,9 @@ ffi::Error combine(cudaStream_t stream, ffi::AnyBuffer first, ffi::AnyBuffer sec
 }  // namespace
 }  // namespace ernie
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_sort_pairs, ernie::sort,
-                              ernie::ffi::Ffi::Bind()
-                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("experts")
-                                  .Attr<int64_t>("shared")
-                                  .Attr<int64_t>("most"),
-                              {ernie::ffi::Traits::kCmdBufferCompatible});
+ERNIE_HANDLER(ernie_sort_pairs, ernie::sort,
+              ernie::rets<6>(ernie::args<4>(ernie::on_stream()))
+                  .Attr<int64_t>("experts").Attr<int64_t>("shared").Attr<int64_t>("most"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_combine_pairs, ernie::combine,
-                              ernie::ffi::Ffi::Bind()
-                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("experts")
-                                  .Attr<int64_t>("shared"),
-                              {ernie::ffi::Traits::kCmdBufferCompatible});
+ERNIE_HANDLER(ernie_combine_pairs, ernie::combine,
+              ernie::rets<1>(ernie::args<7>(ernie::on_stream())).Attr<int64_t>("experts").Attr<int64_t>("shared"));

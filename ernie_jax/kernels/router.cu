@@ -31,19 +31,6 @@ ffi::Error route(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi
 }  // namespace
 }  // namespace ernie
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ernie_route, ernie::route,
-                              ernie::ffi::Ffi::Bind()
-                                  .Ctx<ernie::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Arg<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Ret<ernie::ffi::AnyBuffer>()
-                                  .Attr<float>("norm_min")
-                                  .Attr<float>("epsilon")
-                                  .Attr<int64_t>("clusters"),
-                              {ernie::ffi::Traits::kCmdBufferCompatible});
+ERNIE_HANDLER(ernie_route, ernie::route,
+              ernie::rets<5>(ernie::args<4>(ernie::on_stream()))
+                  .Attr<float>("norm_min").Attr<float>("epsilon").Attr<int64_t>("clusters"));
