@@ -32,7 +32,7 @@ class Pipe:
         self.frames.put(Frame(word, fact, arrays))
 
     def receive(self):
-        return self.frames.get(timeout=10)
+        return self.frames.get(timeout=60)
 
 
 @pytest.fixture

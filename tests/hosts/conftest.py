@@ -46,13 +46,13 @@ class Processes:
     def signal(self, index: int, number: int) -> None:
         self._started[index].send_signal(number)
 
-    def wait(self, seconds: float = 30) -> list[Result]:
+    def wait(self, seconds: float = 200) -> list[Result]:
         """Return how each ended, by index; fails if one is still there after so many seconds."""
         deadline = time.monotonic() + seconds
         codes = {i: self._started[i].wait(max(0.1, deadline - time.monotonic())) for i in sorted(self._started)}
         return [Result(code, self._read(i, "out"), self._read(i, "err")) for i, code in codes.items()]
 
-    def wait_for(self, index: int, text: str, seconds: float = 60) -> None:
+    def wait_for(self, index: int, text: str, seconds: float = 120) -> None:
         """Wait until a process has printed something."""
         deadline = time.monotonic() + seconds
         while text not in (printed := self.printed(index)):

@@ -27,7 +27,7 @@ def in_thread(function, *args):
     thread.start()
 
     def result():
-        thread.join(20)
+        thread.join(60)
         return found[0]
 
     return result
@@ -92,7 +92,7 @@ def test_strangers_are_not_let_in(monkeypatch):
         channel.accept([listener], token).send("welcome")
         assert receiver().receive().word == "welcome"
         for stranger in strangers:
-            stranger.settimeout(5)
+            stranger.settimeout(30)
             with contextlib.suppress(ConnectionResetError):
                 assert stranger.recv(1) == b""
 

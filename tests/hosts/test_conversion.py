@@ -70,7 +70,7 @@ def wait_for_journals(directory: pathlib.Path, count: int) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_same_bytes_as_alone(start, processes, alone, tmp_path, count):
     start(count)
-    results = processes.wait(60)
+    results = processes.wait()
     assert [result.code for result in results] == [0] * count, results
     assert files(tmp_path / "ours") == files(alone)
     size = sum(p["bytes"] for p in checkpoint.read_manifest(alone)["parameters"].values())
@@ -95,7 +95,7 @@ def test_killed_and_resumed(start, processes, alone, tmp_path, victims, then):
     done = set().union(*journaled(ours).values())
     before = {name: (ours / name).stat().st_mtime_ns for name in done}
     start(then)
-    results = processes.wait(60)
+    results = processes.wait()
     assert all(result.code == 0 for result in results[:then]), results
     assert "resuming at" in results[0].err
     assert {name: (ours / name).stat().st_mtime_ns for name in done} == before

@@ -67,7 +67,7 @@ def test_generate(start, processes, alone, model, tmp_path, count, devices, mesh
     command = ["generate", f"--model={model}", f"--input={source}", "--temperature=0"]
     assert alone(*command, f"--output={tmp_path / 'alone.jsonl'}") == 1  # one line has an error
     start(count, *command, f"--output={tmp_path / 'out.jsonl'}", f"--mesh={mesh}", devices=devices)
-    first, *others = processes.wait(200)
+    first, *others = processes.wait()
     assert first.code == 1 and "wrote 5 lines" in first.err, first.err
     assert f"{count * devices} x cpu" in first.err
     assert all((other.code, other.out, other.err) == (1, "", "") for other in others), others
@@ -78,7 +78,7 @@ def test_generate(start, processes, alone, model, tmp_path, count, devices, mesh
 def test_sampling_without_a_seed(start, processes, model):
     """All processes must draw the same tokens, though nobody says from which seed."""
     start(2, "generate", f"--model={model}", "--prompt=And", "--temperature=1.5", "--max_new_tokens=12")
-    first, other = processes.wait(200)
+    first, other = processes.wait()
     assert (first.code, other.code, other.out, other.err) == (0, 0, "", ""), first.err
     assert first.out.startswith("And") and "Gloo" not in first.out
     assert "12 tokens" in first.err or "tokens · first after" in first.err
@@ -90,7 +90,7 @@ def test_score(start, processes, alone, model, tmp_path, capsys):
     command = ["score", f"--model={model}", f"--input={source}"]
     assert alone(*command, f"--output={tmp_path / 'alone.jsonl'}") == 0
     start(2, *command, f"--output={tmp_path / 'out.jsonl'}", "--mesh=expert:4")
-    first, other = processes.wait(200)
+    first, other = processes.wait()
     assert (first.code, other.code, other.out, other.err) == (0, 0, "", ""), first.err
     assert first.out.partition(" over ")[0] == capsys.readouterr().out.partition(" over ")[0]
     for ours, theirs in zip(read_lines(tmp_path / "out.jsonl"), read_lines(tmp_path / "alone.jsonl"), strict=True):
@@ -105,7 +105,7 @@ def test_experts(start, processes, alone, model, tmp_path, capsys):
     assert alone(*command) == 0
     expected = json.loads(capsys.readouterr().out)
     start(2, *command, "--mesh=expert:4")
-    first, other = processes.wait(200)
+    first, other = processes.wait()
     assert (first.code, other.code, other.out, other.err) == (0, 0, "", ""), first.err
     found = json.loads(first.out)
     assert found["tokens"] == expected["tokens"]
@@ -120,9 +120,9 @@ def test_a_killed_run_goes_on(start, processes, alone, model, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", records)
     command = ["generate", f"--model={model}", f"--input={source}", "--temperature=0", "--ignore_eos"]
     start(2, *command, f"--output={tmp_path / 'out.jsonl'}", "--mesh=expert:4")
-    processes.wait_for(0, "1/2", 100)
+    processes.wait_for(0, "1/2")
     processes.kill(1)
-    survivor = processes.wait(30)[0]
+    survivor = processes.wait()[0]
     assert survivor.code == 1
     assert "error: process 1 of 2 (on " in survivor.err and "ended without a word" in survivor.err
     assert "Traceback" not in survivor.err
@@ -140,7 +140,7 @@ def test_different_flags(start, processes, model):
     command = ["generate", f"--model={model}", "--prompt=And"]
     start(3, *command, "--max_new_tokens=64", only=[0, 1])
     start(3, *command, "--max_new_tokens=32", only=[2])
-    for result in processes.wait(30):
+    for result in processes.wait():
         assert result.code == 1
         assert "--max_new_tokens is 32 in process 2 and 64 in process 0" in result.err
 
@@ -158,7 +158,7 @@ def test_bad_input_ends_all(start, processes, model, tmp_path, flag, sentence):
     source = write_lines(tmp_path / "in.jsonl", RECORDS)
     files = [f"--input={source}", f"--output={tmp_path / 'out.jsonl'}"]
     start(2, "generate", f"--model={model}", *files, flag)
-    first, other = processes.wait(100)
+    first, other = processes.wait()
     assert (first.code, other.code) == (1, 1)
     assert sentence in first.err and sentence in other.err
     assert "Traceback" not in first.err + other.err
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_differs(start, processes, model, tmp_path):
     (tmp_path / "b" / "checkpoint" / "manifest.json").unlink()
     (tmp_path / "b" / "checkpoint" / "manifest.json").write_text(json.dumps(manifest))
     start(2, "generate", "--model=checkpoint", "--prompt=And", cwds=[tmp_path / "a", tmp_path / "b"])
-    for result in processes.wait(60):
+    for result in processes.wait():
         assert result.code == 1
         assert "the checksum of checkpoint/manifest.json is" in result.err
 
@@ -186,7 +186,7 @@ def test_a_hugging_face_directory_is_converted_by_all(start, processes, cache):
     for converted in cache.glob("checkpoints/ernie-embedded-*"):  # other tests convert it too
         shutil.rmtree(converted)
     start(2, "generate", f"--model={ROOT / 'models' / 'ernie-embedded'}", "--prompt=And", "--max_new_tokens=2")
-    first, other = processes.wait(200)
+    first, other = processes.wait()
     assert (first.code, other.code, other.out, other.err) == (0, 0, "", ""), first.err
     assert "converting" in first.err and "convert: 100%" in first.err
 

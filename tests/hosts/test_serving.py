@@ -178,7 +178,7 @@ def test_sigterm_to_process_0_lets_answers_end(pair):
         pair.processes.signal(0, signal.SIGTERM)
         *_, last, done = events
         assert json.loads(last)["choices"][0]["finish_reason"] == "length" and done == "[DONE]"
-    for result in pair.processes.wait(60):
+    for result in pair.processes.wait():
         assert result.code == 0, result.err
         assert "Traceback" not in result.err and "error" not in result.err
 
@@ -192,7 +192,7 @@ def test_a_signal_to_another_process_lets_answers_end_too(processes):
         processes.signal(1, signal.SIGTERM)
         *_, last, done = events
         assert json.loads(last)["choices"][0]["finish_reason"] == "length" and done == "[DONE]"
-    first, other = processes.wait(60)
+    first, other = processes.wait()
     assert (first.code, other.code, other.err) == (0, 0, ""), first.err
 
 
@@ -203,7 +203,7 @@ def test_a_second_signal_ends_all_at_once(processes):
         processes.wait_for(0, "ending: ")
         processes.signal(0, signal.SIGTERM)
         list(events)
-    first, other = processes.wait(30)
+    first, other = processes.wait()
     assert (first.code, other.code) == (130, 130)
     assert "process 1: error: process 0 stopped: interrupted" in other.err
 
@@ -214,7 +214,7 @@ def test_a_killed_process_ends_the_server(processes):
         processes.kill(1)
         *_, last = events
     assert json.loads(last)["error"]["message"].startswith("The server ")
-    survivor = processes.wait(30)[0]
+    survivor = processes.wait()[0]
     assert survivor.code == 1
     sentences = [line for line in survivor.err.splitlines() if "error: " in line]
     assert len(sentences) == 1 and sentences[0].startswith("error: process 1 of 2 (on "), survivor.err
@@ -224,7 +224,7 @@ def test_a_killed_process_ends_the_server(processes):
 def test_the_end_of_process_0_ends_the_others(processes):
     Server(processes, 2)
     processes.kill(0)
-    other = processes.wait(30)[1]
+    other = processes.wait()[1]
     assert other.code == 1 and "Traceback" not in other.err
     assert other.err.count("\n") == 2 and "process 1: error: process 0 of 2 (on " in other.err
 
@@ -234,6 +234,6 @@ def test_a_taken_port_ends_all(processes, port):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for index in range(2):
             processes.start(index, [*command, f"--port={taken.getsockname()[1]}", *flags(index, 2, port)])
-        first, other = processes.wait(60)
+        first, other = processes.wait()
     assert (first.code, other.code) == (1, 1)
     assert "Address already in use" in first.err and "Address already in use" in other.err

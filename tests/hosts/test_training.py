@@ -61,7 +61,7 @@ def rows(output: pathlib.Path) -> list[dict]:
 
 def test_killed_and_started_again_they_learn_what_one_process_does(start, processes, folder, rng):
     start("--sharding=fsdp")
-    first, other = processes.wait(200)
+    first, other = processes.wait()
     assert (first.code, other.code, other.out, other.err) == (0, 0, "", ""), first.err + other.err
     whole, output = rows(folder / "out"), folder / "killed"
     assert [row["step"] for row in whole] == list(range(1, STEPS + 1))
@@ -71,10 +71,10 @@ def test_killed_and_started_again_they_learn_what_one_process_does(start, proces
     while not ((output / "metrics.jsonl").exists() and len(rows(output)) >= step):
         time.sleep(0.01)
     processes.kill(1)
-    first, killed = processes.wait(60)
+    first, killed = processes.wait()
     assert first.code == 1 and killed.code == -9 and "process 1 of 2" in first.err
     start("--sharding=fsdp", f"--set=output={output}")
-    first, other = processes.wait(200)
+    first, other = processes.wait()
     assert (first.code, other.code) == (0, 0), first.err + other.err
     assert rows(output) == whole
 
@@ -95,7 +95,7 @@ def test_adapters_of_several_processes(start, processes, folder):
     fields = [f"--set={name}={value}" for name, value in change.items()]
     heldout = f"--set=sources.counting.heldout={folder}/counting.npy"
     start("--sharding=fsdp", *fields, heldout, f"--set=output={folder}/lora")
-    first, other = processes.wait(200)
+    first, other = processes.wait()
     assert (first.code, other.code) == (0, 0), first.err + other.err
     assert first.out.startswith("held-out perplexity of counting") and first.out.count("\n") == 1
     found = adapter.load(folder / "lora" / "adapter")

@@ -23,7 +23,7 @@ PATIENCE = 120  # seconds: some programs are compiled when they are needed
 post = functools.partial(httpx2.post, timeout=PATIENCE)
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=60.0):
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -72,7 +72,7 @@ def test_a_step_that_fails_ends_the_server(llm, monkeypatch):
                 patch.setattr(llm.engine, "step", lambda: (_ for _ in ()).throw(error))
                 *_, last = answer
         assert json.loads(last)["error"]["message"].startswith("The server failed while")
-        server.thread.join(20)
+        server.thread.join(60)
         assert not server.thread.is_alive() and server.runner.failure is error
     monkeypatch.undo()
     llm.engine.reset()
@@ -84,5 +84,5 @@ def test_another_process_passes_a_signal_on(llm, monkeypatch):
         with stream(server, max_tokens=20) as answer:
             monkeypatch.setattr(distributed, "take_reports", lambda: reports.pop() if reports else [])
             assert json.loads([*answer][-2])["choices"][0]["finish_reason"] == "length"
-        server.thread.join(20)
+        server.thread.join(60)
         assert not server.thread.is_alive() and not reports and not server.listener.force_exit
