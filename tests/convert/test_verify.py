@@ -28,8 +28,9 @@ def flip(path, offset):
     path.write_bytes(content)
 
 
-def test_equal(source, ours):
+def test_equal(source, ours, capsys):
     assert convert.verify(str(source), str(ours)) == []
+    assert "verify: 100%" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
