@@ -75,11 +75,12 @@ T* data(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-// A handler's binding begins with the stream that it launches on; then come `n` arguments and `n` results.
+// A handler's binding begins with the stream that it launches on; then come `n` arguments and `n` results. It can be
+// neither copied nor moved, so each call returns what the last step of the chain made.
 inline auto on_stream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
 
 template <int n, typename Binding>
-auto args(Binding&& binding) {  // not a copy: it cannot be moved
+auto args(Binding&& binding) {
   if constexpr (n == 1) {
     return std::move(binding).template Arg<ffi::AnyBuffer>();
   } else {
@@ -88,7 +89,7 @@ auto args(Binding&& binding) {  // not a copy: it cannot be moved
 }
 
 template <int n, typename Binding>
-auto rets(Binding&& binding) {  // not a copy: it cannot be moved
+auto rets(Binding&& binding) {
   if constexpr (n == 1) {
     return std::move(binding).template Ret<ffi::AnyBuffer>();
   } else {

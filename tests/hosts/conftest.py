@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+PATIENCE = 300  # seconds: programs are compiled when they are needed, also on a busy machine
 
 
 @dataclasses.dataclass
@@ -46,15 +47,15 @@ class Processes:
     def signal(self, index: int, number: int) -> None:
         self._started[index].send_signal(number)
 
-    def wait(self, seconds: float = 200) -> list[Result]:
-        """Return how each ended, by index; fails if one is still there after so many seconds."""
-        deadline = time.monotonic() + seconds
+    def wait(self) -> list[Result]:
+        """Return how each ended, by index; fails if one does not."""
+        deadline = time.monotonic() + PATIENCE
         codes = {i: self._started[i].wait(max(0.1, deadline - time.monotonic())) for i in sorted(self._started)}
         return [Result(code, self._read(i, "out"), self._read(i, "err")) for i, code in codes.items()]
 
-    def wait_for(self, index: int, text: str, seconds: float = 120) -> None:
+    def wait_for(self, index: int, text: str) -> None:
         """Wait until a process has printed something."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while text not in (printed := self.printed(index)):
             assert time.monotonic() < deadline, printed
             time.sleep(0.05)

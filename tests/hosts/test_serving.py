@@ -10,9 +10,8 @@ import time
 import httpx2
 import pytest
 
-from tests.hosts.conftest import ROOT, Processes, flags, free_port
+from tests.hosts.conftest import PATIENCE, ROOT, Processes, flags, free_port
 
-PATIENCE = 300  # seconds: programs are compiled when they are needed
 MESH = "--mesh=data:2,expert:4"
 SIZES = ["--dtype=float32", "--max_sequences=16", "--cache_tokens=16384", "--prefill_chunk=64", "--nowarm_up"]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
@@ -36,7 +35,7 @@ class Server:
         for index in range(count):
             which = flags(index, count, port) if count > 1 else []
             processes.start(index, [*command, f"--port={self.port}", *which], **devices)
-        processes.wait_for(0, "curl ", PATIENCE)
+        processes.wait_for(0, "curl ")
         self.http = httpx2.Client(base_url=self.url, timeout=PATIENCE)
         assert count == 1 or processes.printed(1) == ""
 

@@ -64,7 +64,7 @@ def test_an_8_bit_cache(large):
 
 @pytest.mark.parametrize(("where", "preset", "form"), [("h100:2", "expert", "int8"), ("v5e:2x4", "expert+data", "fp8")])
 def test_an_8_bit_cache_is_named_where_it_would_fit(where, preset, form, large):
-    """By estimates: what suggests goes by them."""
+    """By estimates, which is all that `suggest` goes by."""
     batch = make_plan(request_for(large, where), preset, build=False).most_sequences + 1
     over = make_plan(request_for(large, where, batch=batch), preset, build=False)
     assert not over.fits and any(advice.startswith(f"--kv_dtype={form} --sharding=") for advice in suggest(over))

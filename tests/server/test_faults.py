@@ -102,7 +102,7 @@ def test_a_killed_server_has_billed_all_that_was_answered_and_nothing_twice(chec
     for life in range(2):
         with serving(checkpoint, f"--ledger={path}") as (process, url, _):
             clients = Clients(url, f"{life}-")
-            wait_for(lambda clients=clients: len(clients.done) >= 5, PATIENCE)
+            wait_for(lambda clients=clients: len(clients.done) >= 5)
             time.sleep(random.random())
             process.send_signal(signal.SIGKILL)
             clients.join()
@@ -120,7 +120,7 @@ def test_sigterm_during_streams_ends_cleanly_with_an_exact_ledger(checkpoint, ca
     path = str(tmp_path / "usage.db")
     with serving(checkpoint, f"--ledger={path}", "--drain_seconds=0.05") as (process, url, _):
         clients = Clients(url)
-        wait_for(lambda: len(clients.done) >= 5, PATIENCE)
+        wait_for(lambda: len(clients.done) >= 5)
         process.send_signal(signal.SIGTERM)
         clients.join()
         assert process.wait(PATIENCE) == 0

@@ -10,9 +10,9 @@ import pytest
 
 from ernie_jax import distributed
 from tests.server.conftest import running
+from tests.server.test_load import PATIENCE
 
 BODY = {"prompt": "In the beginning", "max_tokens": 200, "ignore_eos": True, "stream": True}
-PATIENCE = 120
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def test_a_storm(llm, tmp_path):
             asyncio.run(both())
         finally:
             over.set()
-        wait_for(lambda: server.runner.open == 0 and server.runner.stats.used_pages == 0, 60)
+        wait_for(lambda: server.runner.open == 0 and server.runner.stats.used_pages == 0)
         stats = llm.engine.stats()
         print(dict(storm.counts))
         print(stats)
