@@ -1,6 +1,6 @@
 """Time the attention of a decode step at the 21B model's sizes on one GPU, beside its floor.
 
-    python benchmarks/decode_attention.py [BACKEND [KV_DTYPE]]
+    python -m benchmarks.decode_attention [BACKEND [KV_DTYPE]]
 
 Each row is a jitted program over the pages of a few layers, of which there are enough that no cache holds them; the
 floor is the keys and values that a layer must read over the bandwidth of a copy on this machine. Pages lie in no order.
@@ -15,8 +15,8 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ops import bandwidth
 
+from benchmarks.ops import bandwidth
 from ernie_jax.engine.cache import kv_name, parse_kv_dtype
 from ernie_jax.ops import RaggedBatch, paged_attention
 from ernie_jax.ops.pages import Pages, ScaledPages, is_scaled, quantize_heads, round_to

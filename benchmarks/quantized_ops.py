@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.prefill_ops import BOUND, SHARED, TOP, D, E, F, distance, draw, guarded, normal, pair_flops, seconds
+from benchmarks.prefill_ops import BOUND, TOP, D, E, F, distance, draw, guarded, normal, pair_flops, seconds
 from ernie_jax.errors import UserError
 from ernie_jax.ops import Quantized, dequantize, grouped_mlp, linear, quantized_specs, takes_shared
 from ernie_jax.ops.mosaic import QuantizedTiles, by_mosaic, multiplies_fp8
 
 FORM = os.environ.get("QUANTIZED_OPS_FORM", "int8")
+SHARED = 2 * F  # what the shared experts are wide
 LIMIT = 150  # seconds
 LAYERS = 3  # of weights that take turns, so that no cache helps
 

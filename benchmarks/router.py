@@ -1,6 +1,6 @@
 """Time the router of a decode step at the 21B model's sizes on one GPU: our kernel, our two kernels, plain XLA.
 
-    python benchmarks/router.py
+    python -m benchmarks.router
 
 Microseconds a call in one jitted program of 112 calls, each waiting for the last through a tiny sum over the bias,
 which is included; the row "sum alone" says what that costs. `warm` goes through 28 routers' weights (18 MB) again and
@@ -13,8 +13,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from ops import seconds
 
+from benchmarks.ops import seconds
 from ernie_jax.ops import ROUTER_BACKENDS
 
 D, E, K, LAYERS, CALLS = 2560, 64, 6, 28, 112

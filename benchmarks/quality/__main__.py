@@ -2,9 +2,11 @@
 
     python -m benchmarks.quality --reference=CHECKPOINT --models=CHECKPOINT,... --data=out/quality-corpus [--json=FILE]
     python -m benchmarks.quality --reference=CHECKPOINT --kv_dtypes=int8,fp8 --data=out/quality-corpus
+    python -m benchmarks.quality --reference=CHECKPOINT --models=FP8 --fp8_tokens=experts,all --data=out/quality-corpus
 
 All checkpoints are converted ones of the same model. They run in float32, so that all that differs is their weights, or
-that keys and values are rounded.
+that keys and values are rounded, or the rows that meet fp8 weights, as our kernels for Hopper GPUs round them in steps
+of many tokens: those of the experts' products, or of all.
 --data holds NAME.heldout.npy as scripts/embedded_corpus.py writes them; every token is predicted once, in documents cut
 at 1,024 tokens. `train.toml`, beside this file, makes a model of 31 million parameters to judge by.
 """
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import functools
 import json
 import math
 import pathlib
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +32,8 @@ from ernie_jax.engine import SamplingParams
 from ernie_jax.errors import UserError
 from ernie_jax.llm import LLM
 from ernie_jax.model import Ernie
-from ernie_jax.ops import packed_attention
+from ernie_jax.ops import Quantized, batched, blocks, experts, packed_attention, precision
+from ernie_jax.ops.mosaic import to_fp8
 from ernie_jax.ops.pages import as_cached
 from ernie_jax.train.data import Batch, Part, TrainingData
 from ernie_jax.train.documents import Documents, read_documents
@@ -38,15 +43,48 @@ ROWS, LENGTH = 4, 1024
 PROMPTS, PROMPT, ANSWER = 32, 64, 256  # of the greedy answers
 
 
-@functools.partial(jax.jit, static_argnames="kv_dtype")
-def log_probabilities(model: Ernie, batch: Batch, kv_dtype: jnp.dtype) -> jax.Array:
-    """Return float32 [B, T, V]."""
+def round_rows(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Round to fp8 what a product contracts along some axes, each row by a factor of its own."""
+    rows = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    values, factors = to_fp8(rows.reshape(-1, math.prod(rows.shape[-len(axes) :])))
+    rows = (values.astype(jnp.float32) * factors[:, None]).astype(x.dtype).reshape(rows.shape)
+    return jnp.moveaxis(rows, range(-len(axes), 0), axes)
+
+
+@contextlib.contextmanager
+def fp8_tokens(which: str | None):
+    """Round what meets fp8 weights in what is traced meanwhile: of "experts", of "all" products, or None."""
+
+    def rounding(product):
+        def run(subscripts, x, weight, *more):
+            if isinstance(weight, Quantized) and weight.form == "fp8":
+                inputs, output = subscripts.replace("...", "").split("->")
+                left, right = inputs.split(",")
+                contracted = set(right) - set(output)
+                x = round_rows(x, tuple(i - len(left) for i, label in enumerate(left) if label in contracted))
+            return product(subscripts, x, weight, *more)
+
+        return run
+
+    with contextlib.ExitStack() as patches:
+        for module in (experts, blocks, batched) if which else ():
+            patches.enter_context(mock.patch.object(module, "einsum", rounding(module.einsum)))
+        if which == "all":
+            xla = rounding(precision.LINEAR_BACKENDS["xla"])
+            patches.enter_context(mock.patch.dict(precision.LINEAR_BACKENDS, xla=xla))
+        yield
+
+
+@functools.partial(jax.jit, static_argnames=("kv_dtype", "tokens"))
+def log_probabilities(model: Ernie, batch: Batch, kv_dtype: jnp.dtype, tokens: str | None = None) -> jax.Array:
+    """Return float32 [B, T, V]; `tokens` that become fp8 too, as in `fp8_tokens`."""
 
     def attend(q, k, v, cache):
         k, v = as_cached(k, kv_dtype), as_cached(v, kv_dtype)
         return packed_attention(q, k, v, batch.segments), cache
 
-    hidden = model(batch.tokens, batch.positions, attend).hidden
+    with fp8_tokens(tokens):
+        hidden = model(batch.tokens, batch.positions, attend).hidden
     return jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32))
 
 
@@ -62,11 +100,14 @@ def compare(reference: jax.Array, other: jax.Array, targets: jax.Array) -> tuple
     return loss(reference), loss(other), divergence, same
 
 
-def on_text(reference: LLM, others: list[LLM], batches: list[Batch]) -> list[dict[str, float]]:
-    """Compare models with the reference, which runs once for all of them, on every target of the batches."""
+def on_text(reference: LLM, others: list[tuple[LLM, str | None]], batches: list[Batch]) -> list[dict[str, float]]:
+    """Compare models, each with tokens of `fp8_tokens`, with the reference, which runs once, on every target."""
     found = [collections.defaultdict(list) for _ in others]
     for batch in tqdm(batches, unit="batch", leave=False):
-        expected, *logprobs = (log_probabilities(llm.model, batch, llm.engine.kv_dtype) for llm in (reference, *others))
+        expected, *logprobs = (
+            log_probabilities(llm.model, batch, llm.engine.kv_dtype, tokens)
+            for llm, tokens in ((reference, None), *others)
+        )
         counted = batch.targets != IGNORED
         for parts, theirs in zip(found, logprobs, strict=True):
             figures = compare(expected, theirs, batch.targets)
@@ -125,11 +166,15 @@ def main() -> None:
     parser.add_argument("--reference", required=True, help="converted checkpoint, usually bfloat16")
     parser.add_argument("--models", default="", help="converted checkpoints to compare with it, by commas")
     parser.add_argument("--kv_dtypes", default="", help="its KV cache in these dtypes too, by commas")
+    parser.add_argument("--fp8_tokens", default="", help="experts, all: fp8 --models so too, by commas")
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder with NAME.heldout.npy")
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
     flags = parser.parse_args()
     if not flags.models + flags.kv_dtypes:
         parser.error("nothing to compare: give --models or --kv_dtypes")
+    rounded = [name for name in flags.fp8_tokens.split(",") if name]
+    if not {"experts", "all"}.issuperset(rounded):
+        parser.error(f"--fp8_tokens={flags.fp8_tokens}: takes experts and all")
 
     options = {"cache_tokens": PROMPTS * (PROMPT + ANSWER), "max_sequences": PROMPTS}
     reference = LLM.load(flags.reference, "float32", **options)
@@ -141,16 +186,26 @@ def main() -> None:
           f"{'likeliest':>9} {'greedy':>7} {'whole':>6}", flush=True)  # fmt: skip
     cases = [(directory, None) for directory in flags.models.split(",") if directory]
     cases += [(flags.reference, kv_dtype) for kv_dtype in flags.kv_dtypes.split(",") if kv_dtype]
-    others = [LLM.load(directory, "float32", **options, kv_dtype=kv_dtype) for directory, kv_dtype in cases]
-    rows = []
-    for (directory, kv_dtype), other, found in zip(cases, others, on_text(reference, others, batches), strict=True):
+    models = [LLM.load(directory, "float32", **options, kv_dtype=kv_dtype) for directory, kv_dtype in cases]
+    others = [
+        (index, tokens)
+        for index, model in enumerate(models)
+        for tokens in (None, *(rounded if model.config.quantize == "fp8" else ()))
+    ]
+    rows, compared = [], on_text(reference, [(models[index], tokens) for index, tokens in others], batches)
+    for (index, tokens), found in zip(others, compared, strict=True):
+        (directory, kv_dtype), other = cases[index], models[index]
         name = f"{kv_dtype} KV cache" if kv_dtype else other.config.forms or "bfloat16"
-        row = {"model": directory, "form": name, **found, **agreement(expected, greedy(other, prompts))}
+        name += f", tokens of {tokens}" if tokens else ""
+        row, answers = {"model": directory, "form": name, **found}, ""
+        if not tokens:  # of a few sequences they are not rounded
+            row |= agreement(expected, greedy(other, prompts))
+            answers = f" {row['greedy_same_tokens']:7.1f} {row['greedy_same_whole']:6.0%}"
         rows.append(row)
         print(f"{name:24s} {row['perplexity'] * (1 + row['perplexity_change']):10.3f} "
               f"{row['perplexity_change']:+8.3%} ± {row['standard_error']:.3%} {row['kl_mean']:9.5f} "
-              f"{row['kl_median']:9.6f} {row['kl_p99']:8.4f} {row['same_likeliest']:9.2%} "
-              f"{row['greedy_same_tokens']:7.1f} {row['greedy_same_whole']:6.0%}", flush=True)  # fmt: skip
+              f"{row['kl_median']:9.6f} {row['kl_p99']:8.4f} {row['same_likeliest']:9.2%}{answers}",
+              flush=True)  # fmt: skip
     print(f"{rows[0]['tokens']:,} tokens; greedy: tokens until one differs, of {ANSWER}, {len(prompts)} answers")
     if flags.json:
         flags.json.write_text(json.dumps(rows, indent=2) + "\n")

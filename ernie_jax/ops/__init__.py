@@ -44,6 +44,7 @@ from ernie_jax.ops.quantized import (
     pack,
     quantize,
     quantized_specs,
+    widen,
 )
 from ernie_jax.ops.router import ROUTER_BACKENDS, default_router_backend, norm_and_route, route
 
@@ -100,4 +101,5 @@ __all__ = [
     "swiglu",
     "takes_shared",
     "trained_experts_problem",
+    "widen",
 ]

@@ -11,7 +11,7 @@ from ernie_jax.errors import UserError
 from ernie_jax.ops import mosaic, stream
 from ernie_jax.ops.adapted import Adapted
 from ernie_jax.ops.int4 import int4_einsum
-from ernie_jax.ops.quantized import INT4, Quantized, check_takes_quantized
+from ernie_jax.ops.quantized import INT4, Quantized, check_takes_quantized, widen
 from ernie_jax.ops.stream import linear_problem, operand_problem
 
 _MANY = 1024  # tokens whose products fill a GPU with tiles, so that no library splits the contracted axis
@@ -85,8 +85,14 @@ def _xla(subscripts, x, weight, bias):
     def product(x, w):
         if isinstance(w, Adapted):
             return product(x, w.weight) + product(product(x, w.down).astype(x.dtype), w.up)
-        if isinstance(w, Quantized):
+        if not isinstance(w, Quantized):
+            return plain(x, w)
+        if len(x) < _MANY:
             return einsum("td,od->to", x, w, jnp.float32)
+        # The weight first, scales and all: sums need no other kernel then. For gradients it is made again, not kept.
+        return jax.checkpoint(lambda x, w: plain(x, widen(w, x.dtype)))(x, w)
+
+    def plain(x, w):
         # Of many tokens the product itself rounds its sums: where it is float32, cuBLAS writes that, and another kernel
         # reads and rounds it. Of few it may be a sum of parts, each of which would be rounded then.
         dtype = x.dtype if bias is None and len(x) >= _MANY else jnp.float32

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -157,6 +158,16 @@ def dequantize(weight: Quantized) -> np.ndarray:
         steps = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float32) - 8
         return (steps * scales.reshape(-1, 1)).reshape(weight.shape)
     return values.astype(np.float32) * scales.reshape(*scales.shape, *(1,) * (values.ndim - scales.ndim))
+
+
+def widen(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
+    """Return the weight [*out, in] on the devices, rounded once to `dtype`."""
+    steps, scales = weight.values, weight.scales
+    if weight.form == INT4:
+        packed = steps.reshape(*scales.shape, -1)
+        steps = jnp.concatenate([packed & 15, packed >> 4], axis=-1).astype(jnp.int8) - 8
+    wide = steps.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
+    return wide.reshape(weight.shape).astype(dtype)
 
 
 def check_takes_quantized(op: str, backend: str | None, form: str) -> None:

@@ -180,19 +180,20 @@ def grouped_product(
                 plgpu.barrier_wait(full.at[slot])
                 lines = [pl.ds((group * halves + half) * _SIDE, _SIDE) for half in range(halves)]
                 found = [plgpu.layout_cast(a[slot, at], plgpu.Layout.WGMMA_UPCAST_2X) for at in lines]
-                for piece in range(pieces):
-                    if not packed:
-                        wide = [widen(part[:, piece * _SIDE : (piece + 1) * _SIDE]) for part in found]
-                    elif piece % 2 == 0:  # low and high nibbles are 64 inputs each
-                        group_of = slice(piece * _SIDE // 2, piece * _SIDE // 2 + _SIDE)
-                        both = [
-                            scaled_nibbles(part[:, group_of], spread(scale, _SIDE))
-                            for part, scale in zip(found, group_scales[piece // 2], strict=True)
-                        ]
-                        wide = [low for low, _ in both]
-                    else:
-                        wide = [high for _, high in both]
-                    totals = add_products(totals, wide, b.at[slot, piece])
+
+                def widened():
+                    for piece in range(pieces):
+                        if not packed:
+                            yield [widen(part[:, piece * _SIDE : (piece + 1) * _SIDE]) for part in found]
+                        elif piece % 2 == 0:  # low and high nibbles are 64 inputs each
+                            group_of = slice(piece * _SIDE // 2, piece * _SIDE // 2 + _SIDE)
+                            both = [
+                                scaled_nibbles(part[:, group_of], spread(scale, _SIDE))
+                                for part, scale in zip(found, group_scales[piece // 2], strict=True)
+                            ]
+                            yield from zip(*both, strict=True)
+
+                totals = add_products(totals, widened, [b.at[slot, piece] for piece in range(pieces)])
                 plgpu.barrier_arrive(free.at[slot])
                 return totals
 
@@ -273,9 +274,15 @@ def grouped_product(
 
 def widen(stored):
     """Return int8 or fp8 numbers in bfloat16, as tensor cores take them from registers."""
-    if stored.dtype != jnp.int8:
-        stored = stored.astype(jnp.float32)  # no instruction makes bfloat16 of fp8
-    return plgpu.layout_cast(stored.astype(jnp.bfloat16), plgpu.Layout.WGMMA)
+    if stored.dtype == jnp.int8:  # lanes exchange bytes, which are fewer
+        return whole_numbers(plgpu.layout_cast(stored, plgpu.Layout.WGMMA))
+    wide = stored.astype(jnp.float32).astype(jnp.bfloat16)  # no instruction makes bfloat16 of fp8
+    return plgpu.layout_cast(wide, plgpu.Layout.WGMMA)
+
+
+def whole_numbers(stored):
+    """Return int8 numbers [64, 64] in bfloat16; a function for tests to replace."""
+    return _by_words(stored, _WIDEN, 1)[0]
 
 
 def scaled_nibbles(stored, scale):
@@ -287,12 +294,19 @@ def scaled_nibbles(stored, scale):
 
 def nibbles(stored):
     """Return the low and the high nibbles of bytes [64, 64], less 8, in bfloat16; a function for tests to replace."""
-    wide = plgpu.ShapeDtypeStruct(stored.shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA)
-    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=(wide, wide))(_split)(stored)
+    return _by_words(stored, _SPLIT, 2)
 
 
-# Two bytes, each below 0x43, the upper byte of 128 in bfloat16: their low and their high four bits as the last of the
-# fraction, less 136. Said in words, it would become three times as many instructions.
+# Of two bytes each, below 0x43, the upper byte of 128 in bfloat16. Said in words, it would become two to three times as
+# many instructions. Whole numbers: the low seven bits, less 128 without the sign and 256 with it.
+_WIDEN = """{
+    .reg .b32 bytes, less;
+    prmt.b32 bytes, $1, 0x43, %s;
+    and.b32 less, bytes, 0xff80ff80;
+    and.b32 bytes, bytes, 0xff7fff7f;
+    sub.bf16x2 $0, bytes, less;
+}"""
+# The low and the high four bits as the last of the fraction, less 136.
 _SPLIT = """{
     .reg .b32 bytes, above, both, less;
     mov.b32 less, 0x43084308;
@@ -305,9 +319,16 @@ _SPLIT = """{
 }"""
 
 
-def _split(_, stored):
+def _by_words(stored, instructions, count):
+    """Return `count` arrays in bfloat16 that instructions make of bytes [64, 64]: of two bytes two numbers each."""
+    wide = plgpu.ShapeDtypeStruct(stored.shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    made = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=(wide,) * count)
+    return made(functools.partial(_emit, instructions=instructions, count=count))(stored)
+
+
+def _emit(_, stored, *, instructions, count):
     i32, two = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
-    low, high = np.empty_like(stored.registers), np.empty_like(stored.registers)
+    results = [np.empty_like(stored.registers) for _ in range(count)]
     for index, register in np.ndenumerate(stored.registers):
         selector = "0x4140"
         source = getattr(register.owner, "opview", None)
@@ -317,23 +338,30 @@ def _split(_, stored):
             word = mgpu.utils.bitcast(source.source, i32)
         else:
             word = arith.extui(i32, mgpu.utils.bitcast(register, ir.IntegerType.get_signless(16)))
-        pair = llvm.StructType.get_literal([i32, i32])
-        found = llvm.inline_asm(pair, [word], _SPLIT % selector, "=r,=r,r")
-        for at, parts in enumerate((low, high)):
-            parts[index] = mgpu.utils.bitcast(llvm.extractvalue(i32, found, [at]), two)
+        kind = i32 if count == 1 else llvm.StructType.get_literal([i32] * count)
+        found = llvm.inline_asm(kind, [word], instructions % selector, ",".join(["=r"] * count + ["r"]))
+        for at, parts in enumerate(results):
+            part = found if count == 1 else llvm.extractvalue(i32, found, [at])
+            parts[index] = mgpu.utils.bitcast(part, two)
     return tuple(
-        mgpu.FragmentedArray(_registers=parts, _layout=stored.layout, _is_signed=None) for parts in (low, high)
+        mgpu.FragmentedArray(_registers=parts, _layout=stored.layout, _is_signed=None) for parts in results
     )
 
 
 def add_products(totals, weights, rows):
-    """Add to each of the totals [64, block] a product of its weights [64, 64] and rows [block, 64], transposed.
+    """Add to each of the totals [64, block] the products of its weights [64, 64] and rows [block, 64], transposed.
 
     A function because no interpreter knows it.
+
+    Args:
+      weights: returns an iterator over the pieces of the inputs, of each the weights of all totals; what a piece takes
+        to make goes on while the tensor cores have the one before.
+      rows: of the same pieces.
     """
 
     def multiply(sums):
-        for total, part in zip(sums, weights, strict=True):
-            plgpu.wgmma(total, part, rows.transpose((1, 0)))
+        for parts, piece in zip(weights(), rows, strict=True):
+            for total, part in zip(sums, parts, strict=True):
+                plgpu.wgmma(total, part, piece.transpose((1, 0)))
 
     return pl.run_state(multiply)(tuple(plgpu.ACC.init(total) for total in totals))

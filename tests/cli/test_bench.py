@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pathlib
 import re
 import xml.etree.ElementTree
 
@@ -20,6 +21,7 @@ from ernie_jax.model import Ernie, initialize
 from ernie_jax.planner.costs import decode_load, step_cost
 from ernie_jax.sharding import make_layout, single
 
+BENCHMARKS = sorted((pathlib.Path(__file__).parents[2] / "benchmarks").glob("*.py"))
 MACHINE = Machine(copy=1e9, read=2e9, matmul=1e12)
 
 
@@ -305,3 +307,9 @@ def test_shares_are_drawn():
     _, *bars = (element for element in root.iter() if element.tag.endswith("rect"))
     heights = [float(bar.get("height")) for bar in bars]
     assert heights[1] / heights[0] == pytest.approx(1.5, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [*(path.stem for path in BENCHMARKS), "quality.__main__"])
+def test_benchmarks_find_what_they_import(name):
+    """Most need a GPU to run."""
+    importlib.import_module(f"benchmarks.{name}")

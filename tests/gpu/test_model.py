@@ -20,7 +20,7 @@ CASES = [
     Case(tuple((37 * i + 5, 1) for i in range(8))),
     Case(tuple((31 * i, 1) for i in range(17))),
     Case(tuple((97 * i + 3, 1) for i in range(64))),
-    Case((*((130 * i, 1) for i in range(255)), (60000, 1))),
+    Case((*((7 * i, 1) for i in range(255)), (6000, 1))),
     Case(((0, 2048),)),
     Case(((128000, 1024),)),
     Case(((0, 300), (77, 1), (640, 513), (1000, 129))),

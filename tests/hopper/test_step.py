@@ -200,6 +200,10 @@ def test_quantised_weights_are_read_as_they_lie(form, kind, tokens, embedding):
         beside = 2 * ((form, tokens) == ("fp8", 128))  # the shared experts, which go along with int8
         assert found["mosaic_gpu_v2"] == 2 + head + more + beside
     print(dict(found))
+    if kind == "prefill":  # dense weights are made bfloat16, one at a time, and the products round their own sums
+        products = re.findall(r"= \((\w+)\[[\d,]+\].*__cublas.*/(attention|mlp|shared)/checkpoint", text)
+        assert len(products) == 8 and {dtype for dtype, _ in products} == {"bf16"}
+        assert memory.temp_size_in_bytes < 0.4e9
     if kind == "decode":  # no weight is made bfloat16 in memory: the smallest would be 13 MB
         assert memory.temp_size_in_bytes < 13e6
         check_no_large_copies(text)

@@ -50,16 +50,16 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(quantized_kernel, "grouped_product", run)
     monkeypatch.setattr(quantized_kernel, "add_products", add_products)
     monkeypatch.setattr(quantized_kernel, "nibbles", nibbles)
+    monkeypatch.setattr(quantized_kernel, "whole_numbers", lambda stored: stored.astype(jnp.bfloat16))
 
 
 def add_products(totals, weights, rows):
     """Do what tensor cores do with operands from registers, of which the interpreter knows nothing."""
-    rows = rows[...].T
+    for parts, piece in zip(weights(), [piece[...].T for piece in rows], strict=True):
+        products = (jnp.dot(part, piece, preferred_element_type=jnp.float32) for part in parts)
+        totals = [total + product for total, product in zip(totals, products, strict=True)]
     plgpu.commit_smem()  # the interpreter wants it before a copy overwrites what was read; a barrier does on GPUs
-    return tuple(
-        total + jnp.dot(part, rows, preferred_element_type=jnp.float32)
-        for total, part in zip(totals, weights, strict=True)
-    )
+    return tuple(totals)
 
 
 def nibbles(stored):

@@ -13,7 +13,7 @@ from ernie_jax.config import ModelConfig
 from ernie_jax.engine.batching import Run, StepShape, aligned, bucket, build_step, pack
 from ernie_jax.engine.step import DeviceStep
 from ernie_jax.model import Ernie, initialize
-from ernie_jax.ops import Quantized, dequantize
+from ernie_jax.ops import Quantized, widen
 from ernie_jax.ops.pages import ScaledPages, quantize_heads, take
 from ernie_jax.sharding import Layout, single
 
@@ -43,7 +43,7 @@ def models(config: ModelConfig, layout: Layout) -> tuple[Ernie, Ernie]:
     def widen(path):
         scale = found.get((*path[:-1], "scale"))
         weight = found[path]
-        return jnp.asarray(weight if scale is None else dequantize(Quantized(weight, scale)), jnp.float32)
+        return weight.astype(jnp.float32) if scale is None else widen(Quantized(weight, scale), jnp.float32)
 
     state = nnx.to_flat_state(nnx.state(wide))
     nnx.update(wide, nnx.from_flat_state((path, variable.replace(widen(path))) for path, variable in state))
