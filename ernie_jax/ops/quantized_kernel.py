@@ -343,9 +343,7 @@ def _emit(_, stored, *, instructions, count):
         for at, parts in enumerate(results):
             part = found if count == 1 else llvm.extractvalue(i32, found, [at])
             parts[index] = mgpu.utils.bitcast(part, two)
-    return tuple(
-        mgpu.FragmentedArray(_registers=parts, _layout=stored.layout, _is_signed=None) for parts in results
-    )
+    return tuple(mgpu.FragmentedArray(_registers=parts, _layout=stored.layout, _is_signed=None) for parts in results)
 
 
 def add_products(totals, weights, rows):

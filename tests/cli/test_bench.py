@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from ernie_jax import ops
 from ernie_jax.bench import drive, measure, profile, routing
@@ -311,5 +312,8 @@ def test_shares_are_drawn():
 
 @pytest.mark.parametrize("name", [*(path.stem for path in BENCHMARKS), "quality.__main__"])
 def test_benchmarks_find_what_they_import(name):
-    """Most need a GPU to run."""
+    """Most need a GPU to run. Flags of one may be called as those of another are."""
+    known = set(flags.FLAGS)
     importlib.import_module(f"benchmarks.{name}")
+    for flag in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, flag)

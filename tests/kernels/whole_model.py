@@ -40,13 +40,13 @@ def models(config: ModelConfig, layout: Layout) -> tuple[Ernie, Ernie]:
     initialize(model, layout, seed=11)
     found = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
 
-    def widen(path):
+    def exact(path):
         scale = found.get((*path[:-1], "scale"))
         weight = found[path]
         return weight.astype(jnp.float32) if scale is None else widen(Quantized(weight, scale), jnp.float32)
 
     state = nnx.to_flat_state(nnx.state(wide))
-    nnx.update(wide, nnx.from_flat_state((path, variable.replace(widen(path))) for path, variable in state))
+    nnx.update(wide, nnx.from_flat_state((path, variable.replace(exact(path))) for path, variable in state))
     return model, wide
 
 
