@@ -161,12 +161,12 @@ def dequantize(weight: Quantized) -> np.ndarray:
 
 
 def widen(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
-    """Return the weight [*out, in] on the devices, rounded once to `dtype`."""
-    steps, scales = weight.values, weight.scales
+    """Return the weight [*out, *in] on the devices, rounded once to `dtype`."""
+    steps, scales = weight.values, weight.scales.astype(jnp.float32)
     if weight.form == INT4:
         packed = steps.reshape(*scales.shape, -1)
         steps = jnp.concatenate([packed & 15, packed >> 4], axis=-1).astype(jnp.int8) - 8
-    wide = steps.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
+    wide = steps.astype(jnp.float32) * scales.reshape(*scales.shape, *(1,) * (steps.ndim - scales.ndim))
     return wide.reshape(weight.shape).astype(dtype)
 
 

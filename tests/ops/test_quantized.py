@@ -19,6 +19,7 @@ from ernie_jax.ops import (
     linear,
     quantize,
     quantized_specs,
+    widen,
 )
 from tests.ops import test_experts
 
@@ -135,6 +136,14 @@ def test_the_kernel_for_tpus_matches_float64(shared, shape, dtype, bound, rng, m
     expected = np.einsum("btk,bcnk->bctn", x, dequantize(weight))
     assert out.dtype == dtype and out.shape == expected.shape
     assert np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected) < bound
+
+
+@pytest.mark.parametrize(("shape", "outputs"), [((24, 256), 1), ((3, 2, 8, 128), 3), ((16, 2, 3, 32), 1)], ids=str)
+@FORMS
+def test_widened_on_the_devices(shape, outputs, form, rng):
+    weight = quantize(rng.normal(size=shape), outputs if form != "int4" else len(shape) - 1, form)
+    wide = jax.jit(widen, static_argnums=1)(place(weight), jnp.float32)
+    np.testing.assert_allclose(wide, dequantize(weight), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-7), (jnp.bfloat16, 4e-3)])
