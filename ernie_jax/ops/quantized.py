@@ -161,7 +161,7 @@ def dequantize(weight: Quantized) -> np.ndarray:
 
 
 def widen(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
-    """Return the weight [*out, *in] on the devices, rounded once to `dtype`."""
+    """Return the weight [*out, *in], rounded once to `dtype`: what `dequantize` is on the host, in traced code."""
     steps, scales = weight.values, weight.scales.astype(jnp.float32)
     if weight.form == INT4:
         packed = steps.reshape(*scales.shape, -1)

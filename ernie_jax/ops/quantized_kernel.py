@@ -184,7 +184,7 @@ def grouped_product(
                 def widened():
                     for piece in range(pieces):
                         if not packed:
-                            yield [widen(part[:, piece * _SIDE : (piece + 1) * _SIDE]) for part in found]
+                            yield [to_bfloat16(part[:, piece * _SIDE : (piece + 1) * _SIDE]) for part in found]
                         elif piece % 2 == 0:  # low and high nibbles are 64 inputs each
                             group_of = slice(piece * _SIDE // 2, piece * _SIDE // 2 + _SIDE)
                             both = [
@@ -272,7 +272,7 @@ def grouped_product(
     return kernel(blocks, live, rows, values, scales, *([] if shared is None else [shared.values, shared.scales]))
 
 
-def widen(stored):
+def to_bfloat16(stored):
     """Return int8 or fp8 numbers in bfloat16, as tensor cores take them from registers."""
     if stored.dtype == jnp.int8:  # lanes exchange bytes, which are fewer
         return whole_numbers(plgpu.layout_cast(stored, plgpu.Layout.WGMMA))

@@ -24,7 +24,6 @@ from ernie_jax.planner.costs import decode_load, step_cost
 from ernie_jax.sharding import make_layout, single
 
 ROOT = pathlib.Path(__file__).parents[2]
-BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 MACHINE = Machine(copy=1e9, read=2e9, matmul=1e12)
 
 
@@ -314,7 +313,9 @@ def test_shares_are_drawn():
 
 def test_benchmarks_find_what_they_import():
     """Most need a GPU to run. A process apart, as some define flags that commands have too, or another of them."""
-    names = [f"benchmarks.{path.stem}" for path in BENCHMARKS] + ["benchmarks.quality.__main__"]
+    names = [f"benchmarks.{path.stem}" for path in sorted((ROOT / "benchmarks").glob("*.py"))] + [
+        "benchmarks.quality.__main__"
+    ]
     code = """
 import importlib, sys
 from absl import flags

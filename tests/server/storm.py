@@ -15,7 +15,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-PATIENCE = 300  # seconds for a line: some programs are compiled when they are needed
+PATIENCE = 300  # seconds: some programs are compiled when they are needed, also on a busy machine
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _TEXT = "In the beginning God created the heaven and the earth. And the earth was without form, and void; "
 

@@ -7,6 +7,8 @@ import numpy as np
 import openai
 import pytest
 
+from tests.server.storm import PATIENCE
+
 NAME = "ernie-embedded"
 TEXT = "In the beginning God created"
 
@@ -69,7 +71,7 @@ def test_models_tokens_and_state(server, client):
     assert [model.id for model in client.models.list()] == [NAME] and client.models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("another")
-    http = httpx2.Client(base_url=server.url, timeout=300)
+    http = httpx2.Client(base_url=server.url, timeout=PATIENCE)
     card = http.get(f"/v1/models/{NAME}").json()
     assert card["max_model_len"] == 4096 and card["default_sampling"] == {"temperature": 0.7, "top_p": 0.8}
     found = http.post("/tokenize", json={"prompt": TEXT, "return_token_strs": True}).json()
@@ -107,7 +109,7 @@ def test_refusals(client, fields, status, param, code):
 
 
 def test_what_no_client_sends(server):
-    http = httpx2.Client(base_url=server.url, timeout=300)
+    http = httpx2.Client(base_url=server.url, timeout=PATIENCE)
     for method, path, content, status in [
         ("POST", "/v1/chat/completions", b"{nonsense", 400),
         ("POST", "/v1/chat/completions", b"[1, 2]", 400),
@@ -123,7 +125,7 @@ def test_what_no_client_sends(server):
 
 
 def test_request_ids_cors_and_the_log(server):
-    http = httpx2.Client(base_url=server.url, timeout=300)
+    http = httpx2.Client(base_url=server.url, timeout=PATIENCE)
     body = {"prompt": "Secret words", "max_tokens": 2}
     named = http.post("/v1/completions", json=body, headers={"x-request-id": "mine-1", "origin": "https://example.org"})
     assert named.headers["x-request-id"] == "mine-1"

@@ -15,7 +15,8 @@ import pytest
 from ernie_jax.server.hooks import FileLedger
 from ernie_jax.server.ledger import OPEN, Ledger, totals
 from tests.server.conftest import running, serving
-from tests.server.test_load import NAME, PATIENCE, PROMPTS, post, wait_for
+from tests.server.storm import PATIENCE
+from tests.server.test_load import NAME, PROMPTS, post, wait_for
 
 CLIENTS = 6
 

@@ -16,10 +16,10 @@ from ernie_jax.errors import UserError
 from ernie_jax.server.protocol import ApiError
 from ernie_jax.text import guidance
 from tests.server.conftest import running, serving
+from tests.server.storm import PATIENCE
 
 NAME = "ernie-embedded"
 PROMPTS = ("In the beginning God created", "And it came to pass", "Thus saith the LORD", "李白\n", "a")
-PATIENCE = 300  # seconds: some programs are compiled when they are needed, also on a busy machine
 post = functools.partial(httpx2.post, timeout=PATIENCE)
 
 

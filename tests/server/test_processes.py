@@ -10,7 +10,7 @@ import pytest
 
 from ernie_jax import distributed
 from tests.server.conftest import running
-from tests.server.test_load import PATIENCE
+from tests.server.storm import PATIENCE
 
 BODY = {"prompt": "In the beginning", "max_tokens": 200, "ignore_eos": True, "stream": True}
 
